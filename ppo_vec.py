@@ -1,0 +1,2174 @@
+"""PPO in one file: masters BipedalWalker on an ordinary machine in minutes.
+
+    python ppo_vec.py --num-envs 16 --cuda             # train; warns once and uses the CPU without CUDA
+    tensorboard --logdir runs                          # watch
+    python ppo_vec.py --resume runs/NAME               # continue an interrupted run, to the bit
+    python ppo_vec.py --evaluate runs/NAME             # 100 test episodes of the delivered policy
+
+Using what a run delivers takes two lines:
+
+    from ppo_vec import load_policy
+    act = load_policy("runs/NAME"); action = act(obs)
+
+The algorithm comes first, in the order in which data passes through it: arguments, agent, GAE, update, rollout,
+train. The engine room follows: vector environment, fast walker, checkpoint, evaluation, files, command line.
+
+PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438. Details of implementation:
+Huang et al. 2022, "The 37 Implementation Details of PPO". Names follow CleanRL's ppo_continuous_action.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+# The policy's matrices are far too small to share among threads, and a number of threads that follows the machine
+# would change the bits of a result. Must be set before NumPy is imported; what the user has set is respected.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+
+import Box2D
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.envs.box2d import bipedal_walker as stock
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.wrappers import TimeLimit
+from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """Train, resume or evaluate a PPO agent. Tuned defaults depend on --env-id; what you type overrides them."""
+
+    exp_name: str = "ppo_vec"
+    """the name of this experiment"""
+    env_id: str = "BipedalWalker-v3"
+    """a Gymnasium environment with Box observations and bounded Box actions"""
+    seed: int = 1
+    """seed of everything random: environments, policy noise, shuffling and initialisation, without overlap"""
+    cuda: bool = False
+    """keep the network and the rollout tensors on the GPU (the environments always run on the CPU)"""
+    torch_deterministic: bool = True
+    """use only deterministic torch algorithms"""
+    runs_dir: str = "runs"
+    """the folder that holds the run folders"""
+    run_name: str | None = None
+    """the run folder's name; default {env_id}__{exp_name}__{seed}__{time}"""
+    track: bool = False
+    """also log to Weights and Biases (pip install wandb)"""
+
+    num_envs: int = 16
+    """the number of environments stepped in parallel"""
+    num_workers: int | None = None
+    """processes that share the environments; default one per CPU core this process may use. Changes no result"""
+    worker_timeout: float = 60.0
+    """seconds without a step after which a worker counts as hung and is replaced"""
+    fast_walker: bool = True
+    """step the two BipedalWalkers with less Python, the same to the bit (checked against the stock one at start)"""
+
+    total_timesteps: int = 1_000_000
+    """environment steps to train for; training ends with the first rollout that reaches it"""
+    num_steps: int = 256
+    """steps each environment takes per rollout"""
+    learning_rate: float = 7e-4
+    """the learning rate of the optimizer (with --critic-learning-rate: of the actor)"""
+    critic_learning_rate: float | None = None
+    """the critic's own learning rate; default --learning-rate"""
+    anneal_lr: bool = True
+    """let the learning rates fall linearly to zero over --total-timesteps"""
+    gamma: float = 0.98
+    """the discount factor"""
+    gae_lambda: float = 0.85
+    """the lambda of generalized advantage estimation"""
+    value_lambda: float | None = None
+    """the lambda of the value target; default --gae-lambda; 1 regresses on Monte Carlo returns"""
+    num_minibatches: int = 8
+    """minibatches per epoch"""
+    update_epochs: int = 10
+    """epochs over each rollout"""
+    norm_adv: bool = True
+    """normalise the advantages of each minibatch"""
+    clip_coef: float = 0.2
+    """the clip range of the probability ratio"""
+    clip_vloss: bool = False
+    """also clip the change of the value, by --clip-coef"""
+    ent_coef: float = 0.0
+    """the weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """the weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """the largest gradient norm, of actor and critic each"""
+    target_kl: float | None = None
+    """end an update before the minibatch whose approximate KL divergence passes this"""
+    reward_floor: float = -10.0
+    """lower bound of the normalised reward while training (-1 softens the -100 of a fall); never of logged returns"""
+    compile: bool = False
+    """torch.compile the loss (needs a C++ compiler; pays on long runs)"""
+
+    actor_hidden_sizes: tuple[int, ...] = (64, 64)
+    """the widths of the actor's hidden layers"""
+    critic_hidden_sizes: tuple[int, ...] = (64, 64)
+    """the widths of the critic's hidden layers"""
+    activation: Literal["tanh", "relu", "leaky_relu", "elu"] = "tanh"
+    """the activation of the hidden layers"""
+    state_dependent_std: bool = False
+    """let the actor's head give the log standard deviation too, clamped to [-20, 2]"""
+
+    resume: str | None = None
+    """continue this run (its folder or a checkpoint in it)"""
+    evaluate: str | None = None
+    """evaluate this run (its folder or a checkpoint) instead of training"""
+    eval_episodes: int = 100
+    """the number of test episodes, of --evaluate and at the end of training"""
+    stochastic: bool = False
+    """with --evaluate: sample actions instead of taking the mean"""
+    capture_video: bool = False
+    """write an mp4 of a whole episode of the deterministic policy into the run's videos/"""
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    def validate(self) -> None:
+        """Raises UserError, naming the flag, where a value or a combination cannot work."""
+
+        def check(ok: bool, message: str) -> None:
+            if not ok:
+                raise UserError(message)
+
+        for f in dataclasses.fields(self):
+            value, flag = getattr(self, f.name), "--" + f.name.replace("_", "-")
+            if isinstance(value, float):
+                check(math.isfinite(value), f"{flag} must be a finite number, not {value}")
+            if f.name.startswith("num_") or f.name in ("total_timesteps", "update_epochs", "eval_episodes"):
+                check(value is None or value >= 1, f"{flag} must be at least 1, not {value}")
+            if f.name.endswith("learning_rate") or f.name in ("clip_coef", "max_grad_norm", "target_kl", "worker_timeout"):
+                check(value is None or value > 0, f"{flag} must be greater than 0, not {value}")
+            if f.name in ("gamma", "gae_lambda", "value_lambda"):
+                check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
+            if f.name in ("ent_coef", "vf_coef", "seed"):
+                check(value >= 0, f"{flag} must not be negative, not {value}")
+            if f.name.endswith("hidden_sizes"):
+                check(all(size >= 1 for size in value), f"{flag} must all be at least 1, not {value}")
+        check(self.reward_floor < 0, f"--reward-floor must be negative, not {self.reward_floor}")
+        check(self.activation in ACTIVATIONS, f"--activation must be one of {', '.join(ACTIVATIONS)}")
+        check(
+            self.num_workers is None or self.num_workers <= self.num_envs,
+            f"--num-workers {self.num_workers} is more than --num-envs {self.num_envs}: some would have nothing to step",
+        )
+        check(
+            self.batch_size % self.num_minibatches == 0,
+            f"--num-minibatches {self.num_minibatches} does not divide the rollout of {self.batch_size} = "
+            f"--num-envs {self.num_envs} x --num-steps {self.num_steps}",
+        )
+        check(
+            self.minibatch_size > 1 or not self.norm_adv,
+            f"--num-minibatches {self.num_minibatches} leaves one sample a minibatch, whose advantage cannot be normalised",
+        )
+        check(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
+        check(not self.stochastic or bool(self.evaluate), "--stochastic belongs to --evaluate")
+        name = self.run_name or "name"
+        check(Path(name).name == name, f"--run-name {name!r} must be a plain folder name")
+
+
+# What beats the defaults above, by environment. Found by experiment; benchmarks/results/ has the runs.
+TUNED: dict[str, dict[str, Any]] = {
+    "BipedalWalker-v3": {},
+}
+
+
+class UserError(Exception):
+    """Bad input: one line on stderr and exit code 2."""
+
+
+class TrainingError(Exception):
+    """A run that cannot go on: one line on stderr and exit code 1; the last good checkpoint is kept."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Agent
+# ----------------------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, tuple[type[nn.Module], Callable[[np.ndarray], np.ndarray]]] = {
+    "tanh": (nn.Tanh, np.tanh),
+    "relu": (nn.ReLU, lambda x: np.maximum(x, 0)),
+    "leaky_relu": (nn.LeakyReLU, lambda x: np.maximum(x, np.float32(0.01) * x)),
+    "elu": (nn.ELU, lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0)))),
+}
+LOG_2PI = math.log(2 * math.pi)
+LOGSTD_MIN, LOGSTD_MAX = -20.0, 2.0  # of a state-dependent deviation
+OBS_CLIP = 10.0
+
+
+class Normalizer(nn.Module):
+    """Running mean and variance of observations, as buffers: a checkpoint cannot lose them (CleanRL #425).
+
+    Frozen through a rollout and its update; `update` merges the rollout's statistics once an iteration.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """(..., size) raw -> (..., size) float32 of about zero mean and unit variance, clipped to +-10."""
+        mean, scale = self.mean_and_scale()
+        return ((obs - mean) * scale).clamp(-OBS_CLIP, OBS_CLIP)
+
+    def mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        return self.mean.float(), (self.var + 1e-8).rsqrt().float()
+
+    def update(self, obs: Tensor, valid: Tensor) -> None:
+        """Merges the rows of `obs` (n, size) where `valid` (n,) is true (Chan et al. 1979)."""
+        rows = obs[valid].double()
+        if len(rows) == 0:
+            return
+        mean, var, n = rows.mean(0), rows.var(0, unbiased=False), float(len(rows))
+        if self.count == 0:
+            total, new_mean, new_var = n, mean, var
+        else:
+            total = self.count + n
+            delta = mean - self.mean
+            new_mean = self.mean + delta * (n / total)
+            new_var = (self.var * self.count + var * n + delta**2 * (self.count * n / total)) / total
+        self.mean.copy_(new_mean)
+        self.var.copy_(new_var)
+        self.count.fill_(total)
+
+
+def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequential:
+    """Linear layers with `activation` between them; orthogonal initialisation, biases zero (37 details, no. 2)."""
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
+        linear = nn.Linear(fan_in, fan_out)
+        last = i == len(sizes) - 2
+        nn.init.orthogonal_(linear.weight, last_gain if last else math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if last else [linear, ACTIVATIONS[activation][0]()]
+    return nn.Sequential(*layers)
+
+
+class Agent(nn.Module):
+    """Separate actor and critic, a diagonal Gaussian over unclipped actions, and the observation normaliser.
+
+    `value` and `log_prob_entropy` take *normalised* observations: the normaliser is frozen through an update, so
+    `normalizer(obs)` is computed once and not again for each of its minibatches.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args) -> None:
+        super().__init__()
+        self.state_dependent_std = args.state_dependent_std
+        self.activation = args.activation
+        heads = action_dim * (2 if args.state_dependent_std else 1)
+        self.normalizer = Normalizer(obs_dim)
+        self.actor = mlp((obs_dim, *args.actor_hidden_sizes, heads), args.activation, last_gain=0.01)
+        self.critic = mlp((obs_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
+        if not args.state_dependent_std:
+            self.actor.register_parameter("logstd", nn.Parameter(torch.zeros(action_dim)))
+
+    def mean_logstd(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised observations (..., obs_dim) -> the Gaussian's mean and log deviation, (..., action_dim) each."""
+        out = self.actor(x)
+        if self.state_dependent_std:
+            mean, logstd = out.chunk(2, dim=-1)
+            return mean, logstd.clamp(LOGSTD_MIN, LOGSTD_MAX)
+        return out, self.actor.logstd.expand_as(out)
+
+    def value(self, x: Tensor) -> Tensor:
+        """Normalised observations (..., obs_dim) -> values (...)."""
+        return self.critic(x).squeeze(-1)
+
+    def log_prob_entropy(self, x: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density of unclipped `actions` (..., action_dim) and the Gaussian's entropy, (...) each, in nats."""
+        mean, logstd = self.mean_logstd(x)
+        z = (actions - mean) * (-logstd).exp()
+        log_prob = -(0.5 * z.square() + logstd).sum(-1) - 0.5 * LOG_2PI * actions.shape[-1]
+        entropy = logstd.sum(-1) + 0.5 * (1 + LOG_2PI) * actions.shape[-1]
+        return log_prob, entropy
+
+    def policy_arrays(self) -> list[np.ndarray]:
+        """What Policy needs, as float32 NumPy arrays: mean, scale, deviation, then each layer's weight.T and bias."""
+        std = torch.empty(0) if self.state_dependent_std else self.actor.logstd.exp()
+        arrays = [*self.normalizer.mean_and_scale(), std]
+        for layer in self.actor:
+            if isinstance(layer, nn.Linear):
+                arrays += [layer.weight.T, layer.bias]
+        return [a.detach().cpu().numpy().astype(np.float32, order="C") for a in arrays]
+
+
+TILE = 4
+
+
+class Policy:
+    """The acting half of an Agent in NumPy, for where the environments are: raw observation in, action out.
+
+    One row of a float32 matrix product can have other bits in a batch of another size. So rows are computed in tiles
+    of fixed shape, and `offset` puts a row into the same place of its tile whatever block of environments it is in.
+    """
+
+    def __init__(self, arrays: list[np.ndarray], agent: Agent, low: np.ndarray, high: np.ndarray) -> None:
+        self.mean, self.scale, self.std, *layers = arrays
+        self.layers = list(zip(layers[0::2], layers[1::2]))
+        self.activation = ACTIVATIONS[agent.activation][1]
+        self.action_dim = len(low)
+        self.middle = ((high.astype(np.float64) + low) / 2).astype(np.float32)
+        self.half = ((high.astype(np.float64) - low) / 2).astype(np.float32)
+
+    def sample(self, obs: np.ndarray, noise: np.ndarray | None = None, offset: int = 0) -> np.ndarray:
+        """Raw observations (n, obs_dim) float32 and standard normal `noise` (n, action_dim) -> unclipped actions.
+
+        Without noise: the mean. Actions are in units of the bounds; `env_action` makes them ready for step().
+        """
+        n = len(obs)
+        padded = -(-(offset % TILE + n) // TILE) * TILE
+        rows = slice(offset % TILE, offset % TILE + n)
+        x = np.zeros((padded, len(self.mean)), np.float32)
+        np.clip((obs - self.mean) * self.scale, -OBS_CLIP, OBS_CLIP, out=x[rows])
+        x = x.reshape(padded // TILE, TILE, -1)  # a leading dimension: NumPy multiplies tile by tile
+        for weight, bias in self.layers[:-1]:
+            x = self.activation(x @ weight + bias)
+        weight, bias = self.layers[-1]
+        out = (x @ weight + bias).reshape(padded, -1)[rows]
+        mean = out[:, : self.action_dim]
+        if noise is None:
+            return mean
+        std = self.std if len(self.std) else np.exp(np.clip(out[:, self.action_dim :], LOGSTD_MIN, LOGSTD_MAX))
+        return mean + std * noise
+
+    def env_action(self, action: np.ndarray) -> np.ndarray:
+        """Clips to [-1, 1] and maps to the environment's bounds."""
+        return self.middle + self.half * np.clip(action, -1, 1)
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Raw observation (obs_dim,) or batch (n, obs_dim) -> deterministic actions ready for step()."""
+        obs = np.asarray(obs, np.float32)
+        return self.env_action(self.sample(obs.reshape(-1, len(self.mean)))).reshape(*obs.shape[:-1], self.action_dim)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generalized advantage estimation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def gae(
+    rewards: Tensor, values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Generalized advantage estimation (arXiv:1506.02438, equation 16).
+
+    Gymnasium resets on the step *after* an episode's end, so values[t + 1] of a done row t is the value of the true
+    last observation: a truncated episode is bootstrapped from it, a terminated one is not (termination wins if both
+    are set), and neither lets the sum run on into the next episode. The row after a done one is not a step; its
+    advantage is meaningless and masked by whoever uses it.
+
+    Args: rewards, terminated, truncated (T, N); values (T + 1, N), the last row that of the next observation.
+    Returns: advantages (T, N).
+    """
+    delta = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    decay = gamma * gae_lambda * ~(terminated | truncated)
+    advantages = delta.clone()
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t].addcmul_(decay[t], advantages[t + 1])
+    return advantages
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Update
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """Fixed-length rollout tensors on the training device. T = num_steps, N = num_envs."""
+
+    obs: Tensor  # (T + 1, N, obs_dim) raw; the last row is the observation after the rollout
+    actions: Tensor  # (T, N, action_dim) unclipped, in units of the action bounds
+    logprobs: Tensor  # (T, N) of the behaviour policy
+    rewards: Tensor  # (T, N) scaled
+    terminated: Tensor  # (T, N) bool
+    truncated: Tensor  # (T, N) bool
+    valid: Tensor  # (T, N) bool; False in the row after a done one, where the environment only resets
+    values: Tensor  # (T + 1, N)
+
+    @classmethod
+    def allocate(cls, args: Args, obs_dim: int, action_dim: int, device: torch.device) -> Rollout:
+        T, N = args.num_steps, args.num_envs
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        flag = functools.partial(zeros, T, N, dtype=torch.bool)
+        return cls(
+            obs=zeros(T + 1, N, obs_dim),
+            actions=zeros(T, N, action_dim),
+            logprobs=zeros(T, N),
+            rewards=zeros(T, N),
+            terminated=flag(),
+            truncated=flag(),
+            valid=flag(),
+            values=zeros(T + 1, N),
+        )
+
+
+METRICS = (
+    "policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm"
+)  # fmt: skip
+
+
+def ppo_loss(
+    agent: Agent, x: Tensor, actions: Tensor, columns: Tensor, clip_coef: float, clip_vloss: bool, norm_adv: bool,
+    ent_coef: float, vf_coef: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The clipped PPO loss of one minibatch (arXiv:1707.06347, equation 9).
+
+    Args: x (B, obs_dim) normalised observations, actions (B, action_dim), columns (5, B) the rows' old log
+    probability, advantage, return, old value and mask. Every mean is over the rows whose mask is 1; what the other
+    rows hold has no influence, even if it is not finite.
+    Returns: the loss, and the first six of METRICS without gradient.
+    """
+    old_logprob, advantage, returns, old_value, mask = columns
+    weight = mask / mask.sum().clamp(min=1)
+    valid = mask > 0
+    logprob, entropy = agent.log_prob_entropy(x, actions)
+    value = agent.value(x)
+    logratio = torch.where(valid, logprob - old_logprob, 0.0)
+    ratio = logratio.exp()
+    advantage = torch.where(valid, advantage, 0.0)
+    if norm_adv:
+        centred = advantage - advantage @ weight
+        std = (centred.square() @ mask / (mask.sum() - 1).clamp(min=1)).sqrt()  # unbiased, as torch.std
+        advantage = torch.where(valid, centred, 0.0) / (std + 1e-8)
+    policy_loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef))
+    value_loss = (value - returns).square()
+    if clip_vloss:
+        clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
+        value_loss = torch.maximum(value_loss, (clipped - returns).square())
+    value_loss = torch.where(valid, 0.5 * value_loss, 0.0)
+    entropy = torch.where(valid, entropy, 0.0)
+    with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+        kl = ratio - 1 - logratio
+        clipped_rows = ((ratio - 1).abs() > clip_coef).float()
+    means = torch.stack((policy_loss, value_loss, entropy, -logratio, kl, clipped_rows)) @ weight
+    return means[0] + vf_coef * means[1] - ent_coef * means[2], means.detach()
+
+
+def update(
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args, rng: torch.Generator,
+    loss_fn: Callable[..., tuple[Tensor, Tensor]] = ppo_loss,
+) -> dict[str, float]:  # fmt: skip
+    """One PPO update: epochs of shuffled minibatches over the rollout. Returns means over its minibatches.
+
+    Advantages are computed once. Minibatches are equal slices of a shuffle over all rows, reset rows included, so that
+    shapes never change; the mask keeps those rows out of every mean.
+    """
+    flags = rollout.terminated, rollout.truncated
+    advantages = gae(rollout.rewards, rollout.values, *flags, args.gamma, args.gae_lambda)
+    targets = advantages
+    if args.value_lambda is not None:
+        targets = gae(rollout.rewards, rollout.values, *flags, args.gamma, args.value_lambda)
+    returns = targets + rollout.values[:-1]
+
+    b_obs = agent.normalizer(rollout.obs[:-1]).flatten(0, 1)
+    b_actions = rollout.actions.flatten(0, 1)
+    b_columns = torch.stack((rollout.logprobs, advantages, returns, rollout.values[:-1], rollout.valid.float()))
+    b_columns = b_columns.flatten(1)
+    size = args.minibatch_size
+    metrics: list[Tensor] = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(args.batch_size, generator=rng).to(b_obs.device)
+        e_obs, e_actions, e_columns = b_obs[order], b_actions[order], b_columns[:, order]  # gathered once an epoch
+        for start in range(0, args.batch_size, size):
+            rows = slice(start, start + size)
+            loss, means = loss_fn(
+                agent, e_obs[rows], e_actions[rows], e_columns[:, rows],
+                args.clip_coef, args.clip_vloss, args.norm_adv, args.ent_coef, args.vf_coef,
+            )  # fmt: skip
+            # Before the step, so that no step is taken on a policy that has gone too far already (SB3).
+            if args.target_kl is not None and means[4] > args.target_kl:
+                break
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norms = [nn.utils.clip_grad_norm_(g["params"], args.max_grad_norm) for g in optimizer.param_groups]
+            optimizer.step()
+            metrics.append(torch.cat((means, torch.stack(norms).square().sum().sqrt().view(1))))
+        else:
+            continue
+        break
+    table = torch.stack(metrics).cpu() if metrics else torch.zeros(1, len(METRICS))
+    bad = (~table.isfinite()).nonzero()
+    if len(bad):
+        raise TrainingError(f"losses/{METRICS[bad[0, 1]]} is {table[tuple(bad[0])]} in minibatch {int(bad[0, 0])}")
+
+    valid = rollout.valid.flatten()
+    y, pred = returns.flatten()[valid], rollout.values[:-1].flatten()[valid]
+    result = dict(zip(METRICS, table.mean(0).tolist()))
+    result["explained_variance"] = float(1 - (y - pred).var() / y.var()) if y.numel() > 1 and y.var() > 0 else 0.0
+    result["minibatches"] = float(len(metrics))
+    return result
+
+
+def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
+    """Adam with two groups, actor and critic: each clipped on its own, each with its own rate if asked for."""
+    rates = args.learning_rate, args.critic_learning_rate or args.learning_rate
+    groups = [{"params": list(net.parameters()), "lr": lr} for net, lr in zip((agent.actor, agent.critic), rates)]
+    return torch.optim.Adam(groups, eps=1e-5, fused=True)  # eps: 37 details, no. 3
+
+
+def anneal(optimizer: torch.optim.Optimizer, args: Args, global_step: int) -> float:
+    """Sets the learning rates for the iteration that starts at `global_step`; returns the actor's."""
+    left = 1 - min(global_step / args.total_timesteps, 1) if args.anneal_lr else 1.0
+    rates = args.learning_rate, args.critic_learning_rate or args.learning_rate
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = left * rate
+    return left * args.learning_rate
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RewardScaler:
+    """Divides rewards by the running deviation of the discounted return (37 details, no. 8)."""
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        self.gamma = gamma
+        self.returns = np.zeros(num_envs)  # the discounted return so far, per environment
+        self.count, self.mean, self.var = 0.0, 0.0, 1.0
+
+    def update(self, rewards: np.ndarray, valid: np.ndarray) -> None:
+        """Merges a rollout's discounted returns. rewards, valid: (T, N); rows that are not valid start an episode."""
+        returns = np.empty(rewards.shape)
+        for t in range(len(rewards)):
+            self.returns = (self.gamma * self.returns + rewards[t]) * valid[t]
+            returns[t] = self.returns
+        rows = returns[valid]
+        if rows.size:
+            delta, total = rows.mean() - self.mean, self.count + rows.size
+            between = delta**2 * self.count * rows.size / total
+            self.var = float((self.var * self.count + rows.var() * rows.size + between) / total)
+            self.mean = float(self.mean + delta * rows.size / total)
+            self.count = float(total)
+
+    def scale(self, rewards: np.ndarray, floor: float) -> np.ndarray:
+        """Raw rewards -> scaled float32 ones, clipped to [floor, 10]."""
+        return np.clip(rewards / math.sqrt(self.var + 1e-8), floor, 10.0).astype(np.float32)
+
+
+def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Episode]:
+    """Lets every environment take num_steps steps with the current policy; fills `rollout`.
+
+    The workers act with a NumPy copy of the policy on noise drawn here, one message per rollout. Values and log
+    probabilities are then computed in one pass by the network that the update differentiates, from the same raw
+    observations and unclipped actions. Returns the episodes that ended. `state` moves on only if all went well.
+    """
+    noise = state.noise_rng.standard_normal((args.num_steps, args.num_envs, envs.action_dim), dtype=np.float32)
+    data = envs.rollout(state.agent.policy_arrays(), noise)
+    valid, episodes = state.envs.advance(data, state.global_step)
+    state.global_step += int(valid.sum())
+    state.episode_count += len(episodes)
+    state.reward_scaler.update(data.rewards, valid)
+
+    def store(tensor: Tensor, array: np.ndarray) -> None:
+        tensor.copy_(torch.from_numpy(array))
+
+    store(rollout.obs, data.obs)
+    store(rollout.actions, data.actions)
+    store(rollout.rewards, state.reward_scaler.scale(data.rewards, args.reward_floor))
+    store(rollout.terminated, data.terminated)
+    store(rollout.truncated, data.truncated)
+    store(rollout.valid, valid)
+    with torch.no_grad():
+        x = state.agent.normalizer(rollout.obs)
+        rollout.values.copy_(state.agent.value(x))
+        rollout.logprobs.copy_(state.agent.log_prob_entropy(x[:-1], rollout.actions)[0])
+    return episodes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Train
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args, checkpoint: dict[str, Any] | None = None) -> Run:
+    """Trains, or continues from a checkpoint; evaluates, plots and saves."""
+    device = choose_device(args)
+    task = Task.of(args)
+    state = State(args, task, device)
+    if checkpoint:
+        state.load(checkpoint)
+    rollout = Rollout.allocate(args, task.obs_dim, task.action_dim, device)
+    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
+
+    with Run(args, task, state, checkpoint) as run, VecEnv(args, task, state.envs) as envs:
+        run.save(state)
+        while state.global_step < args.total_timesteps and not run.stopped:
+            started = time.perf_counter()
+            learning_rate = anneal(state.optimizer, args, state.global_step)
+            episodes = collect(envs, state, rollout, args)
+            collected = time.perf_counter()
+            metrics = update(state.agent, state.optimizer, rollout, args, state.shuffle_rng, loss_fn)
+            state.agent.normalizer.update(rollout.obs[:-1].flatten(0, 1), rollout.valid.flatten())
+            updated = time.perf_counter()
+
+            state.iteration += 1
+            state.train_time_s += updated - started
+            run.log(state, rollout, episodes, metrics, learning_rate, collected - started, updated - collected)
+            if evaluation_due(state, args):
+                evaluate_progress(envs, state, run, args)
+            run.save_now_and_then(state)
+        run.save(state)
+        if not run.stopped:
+            deliver(envs, state, run, args)
+    return run
+
+
+# ======================================================================================================================
+# The engine room: vector environment, fast walker, checkpoint, evaluation, files, command line
+# ======================================================================================================================
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vector environment
+# ----------------------------------------------------------------------------------------------------------------------
+
+WALKERS = {"BipedalWalker-v3": False, "BipedalWalkerHardcore-v3": True}  # env id: hardcore
+MAX_FAULTS = 3  # attempts at one rollout or evaluation before a run gives up
+ENDLESS = 10_000  # steps after which an evaluation ends an episode of an environment without a time limit
+
+# Three ranges of episode seeds that never meet. Training seeds are spread over the upper half of 32 bits.
+TEST_SEEDS, SELECTION_SEEDS, TRAINING_SEEDS = 0, 2**30, 2**31
+
+
+def episode_seed(seed: int, env: int, episode: int) -> int:
+    """The reset seed of a training episode: with its actions, all that it takes to have the episode again."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(0, env, episode))
+    return TRAINING_SEEDS | int(sequence.generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker has to know of the environment; checked once, before any process is started."""
+
+    env_id: str
+    seed: int
+    fast_walker: bool
+    obs_dim: int
+    low: np.ndarray  # (action_dim,) float32 action bounds
+    high: np.ndarray
+    max_episode_steps: int | None
+    goal: float | None  # the return at which the environment counts as solved
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.low)
+
+    @classmethod
+    def of(cls, args: Args) -> Task:
+        """Raises UserError for an environment that does not exist or that PPO with a Gaussian cannot act in."""
+        try:
+            env = gym.make(args.env_id, disable_env_checker=True)
+        except Exception as error:  # a registry error, a missing dependency, or whatever the environment raises
+            raise UserError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
+        obs_space, action_space = env.observation_space, env.action_space
+        box = gym.spaces.Box
+        if not isinstance(obs_space, box) or not isinstance(action_space, box):
+            raise UserError(
+                f"--env-id {args.env_id} has {type(obs_space).__name__} observations and {type(action_space).__name__} "
+                "actions; supported are environments with Box observations and Box actions"
+            )
+        if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
+            raise UserError(f"--env-id {args.env_id} has unbounded actions; supported are Box actions with finite bounds")
+        spec = env.spec
+        env.close()
+        hardcore = WALKERS.get(args.env_id)
+        fast = args.fast_walker and hardcore is not None
+        if fast and not fast_walker_agrees(args.env_id):
+            warn("the fast walker differs from Gymnasium's on this machine; using Gymnasium's")
+            fast = False
+        return cls(
+            env_id=args.env_id,
+            seed=args.seed,
+            fast_walker=fast,
+            obs_dim=int(np.prod(obs_space.shape)),
+            low=action_space.low.astype(np.float32).ravel(),
+            high=action_space.high.astype(np.float32).ravel(),
+            max_episode_steps=spec.max_episode_steps,
+            goal=spec.reward_threshold,
+        )
+
+    def make_env(self, as_published: bool = False) -> gym.Env:
+        """One environment; the walkers with a fresh world at each reset unless it shall be the published one."""
+        hardcore = WALKERS.get(self.env_id)
+        if as_published or hardcore is None:
+            return gym.make(self.env_id, disable_env_checker=True)
+        if self.fast_walker:
+            return FastWalker(hardcore, self.max_episode_steps)
+        return TimeLimit(FreshWalker(hardcore=hardcore), self.max_episode_steps)
+
+    def agent(self, args: Args) -> Agent:
+        return Agent(self.obs_dim, self.action_dim, args)
+
+    def policy(self, agent: Agent, arrays: list[np.ndarray] | None = None) -> Policy:
+        return Policy(agent.policy_arrays() if arrays is None else arrays, agent, self.low, self.high)
+
+
+def reset_env(env: gym.Env, seed: int) -> np.ndarray:
+    return np.asarray(env.reset(seed=seed)[0], np.float32).ravel()
+
+
+def step_envs(envs: Sequence[gym.Env], actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps each environment with its row of env-ready actions (n, action_dim).
+
+    Returns: observations (n, obs_dim) float32, rewards (n,) float32, terminated (n,), truncated (n,).
+    """
+    if isinstance(envs[0], FastWalker):
+        return step_walkers(envs, actions)
+    space = envs[0].action_space
+    steps = [env.step(row.reshape(space.shape).astype(space.dtype)) for env, row in zip(envs, actions)]
+    obs, rewards, terminated, truncated, _ = zip(*steps)
+    obs = np.stack([np.asarray(o, np.float32).ravel() for o in obs])
+    return obs, np.array(rewards, np.float32), np.array(terminated, bool), np.array(truncated, bool)
+
+
+@dataclass
+class Episode:
+    """One row of episodes.csv."""
+
+    global_step: int
+    env: int
+    ret: float
+    length: int
+    fell: bool  # ended by a termination with the -100 of the Box2D environments
+
+
+class EnvState:
+    """Where the environments are between two rollouts: all that it takes to continue them in another process.
+
+    A Box2D world cannot be pickled, but an episode is a function of its reset seed and its actions, so those are what
+    is kept (DESIGN: a fresh world at each reset makes this true of the walkers too).
+    """
+
+    def __init__(self, num_envs: int, obs_dim: int) -> None:
+        self.episode = np.zeros(num_envs, np.int64)  # the number of the running episode
+        self.actions: list[list[np.ndarray]] = [[] for _ in range(num_envs)]  # its actions, in chunks (n, action_dim)
+        self.obs = np.zeros((num_envs, obs_dim), np.float32)  # the next observation
+        self.done = np.zeros(num_envs, bool)  # that observation is an episode's last; the next step resets
+        self.returns = np.zeros(num_envs)  # of the running episode
+        self.lengths = np.zeros(num_envs, np.int64)
+        self.started = False
+
+    def advance(self, data: RolloutData, global_step: int) -> tuple[np.ndarray, list[Episode]]:
+        """Moves on over a complete rollout. Returns the (T, N) mask of rows that are steps, and the episodes ended."""
+        done = data.terminated | data.truncated
+        valid = ~np.vstack((self.done[None], done[:-1]))
+        rewards = np.where(valid, data.rewards, 0.0)
+        steps = global_step + valid.sum(1).cumsum()
+        restarted = data.restarted & self.started  # could not be replayed: a new episode began at row 0
+        self.episode[restarted] += 1
+        self.returns[restarted] = self.lengths[restarted] = 0
+        episodes = []
+        for i in range(valid.shape[1]):
+            begin = 0
+            for t in np.flatnonzero(done[:, i]):
+                self.returns[i] += rewards[begin : t + 1, i].sum()
+                self.lengths[i] += valid[begin : t + 1, i].sum()
+                fell = bool(data.terminated[t, i] and rewards[t, i] <= -100)
+                episodes.append(Episode(int(steps[t]), i, float(self.returns[i]), int(self.lengths[i]), fell))
+                self.returns[i] = self.lengths[i] = 0
+                begin = t + 1
+            self.returns[i] += rewards[begin:, i].sum()
+            self.lengths[i] += valid[begin:, i].sum()
+            resets = np.flatnonzero(~valid[:, i])
+            self.episode[i] += len(resets)
+            if len(resets) or restarted[i]:
+                self.actions[i] = []
+            self.actions[i].append(data.actions[resets[-1] + 1 if len(resets) else 0 :, i].copy())
+        self.obs = data.obs[-1].copy()
+        self.done = done[-1].copy()
+        self.started = True
+        return valid, sorted(episodes, key=lambda e: (e.global_step, e.env))
+
+    def state_dict(self) -> dict[str, Any]:
+        arrays = {k: torch.from_numpy(v.copy()) for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        actions = [torch.from_numpy(np.concatenate(c)) if c else None for c in self.actions]
+        return {**arrays, "actions": actions, "started": self.started}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                value[...] = saved[name].numpy()
+        self.actions = [[] if a is None else [a.numpy()] for a in saved["actions"]]
+        self.started = saved["started"]
+
+
+@dataclass
+class RolloutData:
+    """A rollout's arrays in shared memory: the workers write their columns, the trainer reads all of them."""
+
+    obs: np.ndarray  # (T + 1, N, obs_dim) float32
+    actions: np.ndarray  # (T, N, action_dim) float32
+    noise: np.ndarray  # (T, N, action_dim) float32, drawn by the trainer
+    rewards: np.ndarray  # (T, N) float32
+    terminated: np.ndarray  # (T, N) bool
+    truncated: np.ndarray  # (T, N) bool
+    restarted: np.ndarray  # (N,) bool: a new episode began before row 0
+    beats: np.ndarray  # (workers,) int64, counts each worker's steps
+    policy: list[np.ndarray]  # the acting policy's weights
+
+
+class SharedArrays:
+    """Builds the arrays of a RolloutData over unnamed shared memory, which no crash can leave behind."""
+
+    def __init__(self, context: Any, args: Args, task: Task, num_workers: int, policy: list[np.ndarray]) -> None:
+        T, N, A = args.num_steps, args.num_envs, task.action_dim
+        layout = {
+            "obs": ((T + 1, N, task.obs_dim), np.float32),
+            "actions": ((T, N, A), np.float32),
+            "noise": ((T, N, A), np.float32),
+            "rewards": ((T, N), np.float32),
+            "terminated": ((T, N), np.bool_),
+            "truncated": ((T, N), np.bool_),
+            "restarted": ((N,), np.bool_),
+            "beats": ((num_workers,), np.int64),
+        }
+
+        def allocate(shape: tuple[int, ...], dtype: Any) -> tuple[Any, tuple[int, ...], Any]:
+            return context.RawArray("b", max(1, math.prod(shape) * np.dtype(dtype).itemsize)), shape, dtype
+
+        self.raw = {name: allocate(*spec) for name, spec in layout.items()}
+        self.raw_policy = [allocate(a.shape, a.dtype) for a in policy]
+
+    def open(self) -> RolloutData:
+        def view(raw: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+            return np.frombuffer(raw, dtype, count=math.prod(shape)).reshape(shape)
+
+        arrays = {name: view(*spec) for name, spec in self.raw.items()}
+        return RolloutData(**arrays, policy=[view(*spec) for spec in self.raw_policy])
+
+
+class Block(gym.Env):
+    """The environments [start, stop) of one worker, stepped one after another, the policy beside them.
+
+    To AsyncVectorEnv a block is one environment that is only ever `call`ed. Its methods return a traceback's text
+    instead of raising: an exception that cannot be pickled would hang the error queue of AsyncVectorEnv.
+    """
+
+    def __init__(
+        self, index: int, start: int, stop: int, task: Task, agent: Agent, shared: SharedArrays, state: EnvState,
+        trainer: int,
+    ) -> None:  # fmt: skip
+        self.index, self.start, self.stop, self.task, self.agent = index, start, stop, task, agent
+        self.shared, self.state = shared, state
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float32)
+        self.action_space = gym.spaces.Box(task.low, task.high)
+        self.envs: list[gym.Env] = []  # made by the first call: AsyncVectorEnv makes one block too many, for its spaces
+        if os.getpid() != trainer:
+            # The trainer decides when workers end: a Ctrl-C or `kill` of the whole group reaches them as well.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
+
+    def rollout(self, given_actions: bool = False) -> str | None:
+        """Steps the block num_steps times, acting on the shared noise (or on the shared actions, if they are given)."""
+        try:
+            self.restore()
+            data, columns, obs = self.data, slice(self.start, self.stop), self.obs
+            data.obs[0, columns] = obs
+            for t in range(len(data.actions)):
+                if not given_actions:
+                    data.actions[t, columns] = self.policy.sample(obs, data.noise[t, columns], self.start)
+                obs, rewards, terminated, truncated = self.step(data.actions[t, columns])
+                data.obs[t + 1, columns] = obs
+                data.rewards[t, columns] = rewards
+                data.terminated[t, columns] = terminated
+                data.truncated[t, columns] = truncated
+                data.beats[self.index] += 1
+            self.obs = obs
+        except Exception:
+            return traceback.format_exc()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """One row of unclipped actions (k, action_dim). After an episode's end the row only resets (NEXT_STEP)."""
+        actions = self.policy.env_action(actions)
+        if not self.done.any():
+            result = step_envs(self.envs, actions)
+        else:
+            k = len(self.envs)
+            result = np.empty((k, self.task.obs_dim), np.float32), np.zeros(k, np.float32), *np.zeros((2, k), bool)
+            for i in np.flatnonzero(self.done):
+                result[0][i] = self.begin_episode(i, self.episode[i] + 1)
+            running = np.flatnonzero(~self.done)
+            if len(running):
+                for into, row in zip(result, step_envs([self.envs[i] for i in running], actions[running])):
+                    into[running] = row
+        self.done = result[2] | result[3]
+        return result
+
+    def begin_episode(self, i: int, episode: int) -> np.ndarray:
+        self.episode[i] = episode
+        return reset_env(self.envs[i], episode_seed(self.task.seed, self.start + i, int(episode)))
+
+    def restore(self) -> None:
+        """On the first call: brings every environment to where the last complete rollout left it."""
+        if self.envs:
+            return
+        np.seterr(all="ignore")  # a ray parallel to an edge divides by zero, and is a miss
+        self.data = self.shared.open()
+        self.policy = self.task.policy(self.agent, self.data.policy)
+        columns, state = slice(self.start, self.stop), self.state
+        self.obs, self.done = state.obs[columns].copy(), state.done[columns].copy()
+        self.episode = state.episode[columns].copy()
+        self.data.restarted[columns] = False
+        self.envs = [self.task.make_env() for _ in range(self.start, self.stop)]
+        for i, env in enumerate(self.envs):
+            if self.done[i]:
+                continue
+            obs, running = self.begin_episode(i, self.episode[i]), True
+            for action in (a for chunk in state.actions[self.start + i] for a in chunk):
+                rows, _, terminated, truncated = step_envs([env], self.policy.env_action(action[None]))
+                obs, running = rows[0], not (terminated[0] or truncated[0])
+                self.data.beats[self.index] += 1
+                if not running:
+                    break
+            if state.started and not (running and np.array_equal(obs, self.obs[i])):
+                self.data.restarted[self.start + i] = True
+                obs = self.begin_episode(i, self.episode[i] + 1)
+            self.obs[i] = obs
+
+    def evaluate(self, seeds: list[int], workers: int, as_published: bool) -> list[tuple[int, float, int]] | str:
+        """This worker's share of evaluation episodes: (index into seeds, return, length) of each."""
+        try:
+            data = self.shared.open()
+            policy = self.task.policy(self.agent, data.policy)
+            mine = [i for i in range(len(seeds)) if i // TILE % workers == self.index]  # whole tiles
+
+            def beat() -> None:
+                data.beats[self.index] += 1
+
+            episodes = run_episodes(self.task, policy, [seeds[i] for i in mine], as_published, beat=beat)
+            return [(i, *episode) for i, episode in zip(mine, episodes)]
+        except Exception:
+            return traceback.format_exc()
+
+
+def end_with(trainer: int) -> None:
+    """Ends this worker soon after the trainer has: a sibling may keep the pipe open that would have told it."""
+    while os.getppid() == trainer:
+        time.sleep(1)
+    os._exit(1)
+
+
+class WorkerFault(Exception):
+    """A worker died, hung or raised."""
+
+
+class Workers(AsyncVectorEnv):
+    """AsyncVectorEnv in which no wait is endless and a hung or dead worker ends in a WorkerFault."""
+
+    def __init__(self, blocks: list[Callable[[], Block]], context: str, timeout: float) -> None:
+        self.timeout = timeout
+        watchdog = threading.Timer(timeout, self.kill)  # construction waits for the workers without a limit
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            super().__init__(blocks, shared_memory=False, context=context, autoreset_mode=AutoresetMode.DISABLED)
+        except (EOFError, OSError) as error:
+            raise WorkerFault(self.describe_end()) from error
+        finally:
+            watchdog.cancel()
+
+    def run(self, beats: np.ndarray, name: str, *args: Any) -> list[Any]:
+        """Calls a method of every block; raises WorkerFault if one dies, returns a traceback or stops beating."""
+        try:
+            self.call_async(name, *args)
+            waiting = {pipe: i for i, pipe in enumerate(self.parent_pipes)}
+            seen, since = beats.copy(), np.full(len(beats), time.monotonic())
+            while waiting:
+                for pipe in multiprocessing.connection.wait(list(waiting), timeout=min(0.5, self.timeout / 4)):
+                    del waiting[pipe]
+                since[beats != seen] = time.monotonic()
+                seen = beats.copy()
+                hung = [i for i in waiting.values() if time.monotonic() - since[i] > self.timeout]
+                if hung:
+                    raise WorkerFault(f"worker {hung[0]} took no step for {self.timeout:g} s")
+            results = self.call_wait()
+        except (EOFError, OSError) as error:
+            raise WorkerFault(self.describe_end()) from error
+        for i, result in enumerate(results):
+            if isinstance(result, str):
+                raise WorkerFault(f"worker {i} failed:\n{result}")
+        return list(results)
+
+    def describe_end(self) -> str:
+        for i, process in enumerate(getattr(self, "processes", [])):
+            process.join(0.2)
+            if process.exitcode is not None:
+                code = process.exitcode
+                return f"worker {i} " + (f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}")
+        return "a worker closed its pipe"
+
+    def kill(self) -> None:
+        for process in getattr(self, "processes", []):
+            if process.pid:
+                process.kill()  # not terminate(): a stopped process would never get to it
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        """Ends the workers at once: they hold nothing that could be lost, and some may no longer answer."""
+        self.kill()
+        for process in getattr(self, "processes", []):
+            if process.pid:
+                process.join()
+        for pipe in getattr(self, "parent_pipes", []):
+            if pipe is not None:
+                pipe.close()
+
+
+class VecEnv:
+    """num_envs environments in num_workers processes, as flat (num_envs, ...) arrays; replaces failed workers.
+
+    The environments are AsyncVectorEnv's, in blocks. A whole rollout is one message: waking a process for each step
+    costs more than the stepping itself. What the workers return is the same to the bit for any number of them.
+    """
+
+    def __init__(self, args: Args, task: Task, state: EnvState) -> None:
+        self.args, self.task, self.state = args, task, state
+        self.action_dim = task.action_dim
+        self.num_workers = min(args.num_workers or usable_cores(), args.num_envs)
+        # Forking takes a tenth of a second, spawning many (each worker imports torch). macOS cannot fork safely.
+        self.context = "fork" if sys.platform == "linux" else "spawn"
+        with torch.random.fork_rng(devices=[]):  # the weights come with every rollout
+            self.agent = task.agent(args)
+        policy = self.agent.policy_arrays()
+        context = multiprocessing.get_context(self.context)
+        self.shared = SharedArrays(context, args, task, self.num_workers, policy)
+        self.data = self.shared.open()
+        self.workers: Workers | None = None
+        self.restarts = 0
+
+    def __enter__(self) -> VecEnv:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.workers is not None:
+            self.workers.close()
+            self.workers = None
+
+    def start(self) -> None:
+        bounds = np.linspace(0, self.args.num_envs, self.num_workers + 1).astype(int).tolist()
+        blocks = [
+            functools.partial(
+                Block, i, bounds[i], bounds[i + 1], self.task, self.agent, self.shared, self.state, os.getpid()
+            )
+            for i in range(self.num_workers)
+        ]
+        self.workers = Workers(blocks, self.context, self.args.worker_timeout)
+
+    def run(self, name: str, *args: Any) -> list[Any]:
+        """Calls a method of every block. After a fault, new workers continue where the last rollout ended."""
+        for attempt in range(1, MAX_FAULTS + 1):
+            try:
+                if self.workers is None:
+                    self.start()
+                return self.workers.run(self.data.beats, name, *args)
+            except WorkerFault as error:
+                fault = str(error)
+                self.close()
+                self.restarts += 1
+                if attempt < MAX_FAULTS:
+                    warn(f"{fault}; starting new workers where the last rollout ended")
+        raise TrainingError(f"gave up after {MAX_FAULTS} attempts without progress: {fault}")
+
+    def load_policy(self, arrays: list[np.ndarray]) -> None:
+        for shared, array in zip(self.data.policy, arrays):
+            shared[...] = array
+
+    def rollout(self, policy: list[np.ndarray], noise: np.ndarray) -> RolloutData:
+        """A rollout of all environments with `policy` (Agent.policy_arrays) and `noise` (T, N, action_dim).
+
+        Raises TrainingError if a worker keeps failing, or an observation, action or reward is not finite.
+        """
+        self.load_policy(policy)
+        self.data.noise[...] = noise
+        self.data.restarted[...] = False
+        self.run("rollout")
+        data = self.data
+        if self.state.started and data.restarted.any():
+            warn(f"{data.restarted.sum()} environments cannot be replayed; their episodes start anew")
+        for name in ("obs", "actions", "rewards"):
+            array = getattr(data, name)
+            if not np.isfinite(array).all():
+                t, env = np.argwhere(~np.isfinite(array))[0][:2]
+                what = {"obs": "observation", "actions": "action", "rewards": "reward"}[name]
+                value = array[t, env]
+                raise TrainingError(f"the {what} of environment {env} at step {t} of the rollout is not finite: {value}")
+        return data
+
+    def evaluate(self, policy: list[np.ndarray], seeds: list[int], as_published: bool) -> list[tuple[float, int]]:
+        """(return, length) of one deterministic episode per seed, in environments of their own."""
+        self.load_policy(policy)
+        shares = self.run("evaluate", seeds, self.num_workers, as_published)
+        return [(ret, length) for _, ret, length in sorted(row for share in shares for row in share)]
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fast walker
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class FreshWalker(stock.BipedalWalker):
+    """BipedalWalker with a new Box2D world at each reset, as LunarLander has it.
+
+    The published one reuses its world: the order of its contacts, and with it the last bits of a trajectory, depend
+    on the episodes before. In a fresh world an episode is a function of its seed and actions alone.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        self.world.contactListener = None  # breaks the cycle world, listener, environment: it holds C++ memory
+        self.world, self.terrain = self.new_world(), []
+        return super().reset(seed=seed, options=options)
+
+    def new_world(self) -> Box2D.b2World:
+        return Box2D.b2World()
+
+
+class QuickWorld(Box2D.b2World):
+    """A b2World that makes a static body without pybox2d's generic handling of keywords."""
+
+    STATIC = Box2D.b2BodyDef()
+
+    def CreateStaticBody(self, fixtures: Box2D.b2FixtureDef) -> Box2D.b2Body:
+        body = self.CreateBody(self.STATIC)
+        body.CreateFixture(fixtures)
+        return body
+
+
+RAYS = 10
+RAY_X = np.array([math.sin(1.5 * i / 10.0) * stock.LIDAR_RANGE for i in range(RAYS)])
+RAY_Y = np.array([math.cos(1.5 * i / 10.0) * stock.LIDAR_RANGE for i in range(RAYS)])
+NEAR_EDGES = 14  # edges that the ten rays can reach, the one behind the hull included
+NEAR_POLYGONS = 8  # obstacles that they can reach (6 at most, counted over Hardcore terrains), padded
+MOTOR_SPEEDS = np.array([stock.SPEED_HIP, stock.SPEED_KNEE] * 2, np.float32)
+TORQUE_COST = 0.00035 * stock.MOTORS_TORQUE
+FINISH = (stock.TERRAIN_LENGTH - stock.TERRAIN_GRASS) * stock.TERRAIN_STEP
+
+
+class FastWalker(FreshWalker):
+    """BipedalWalker, the same to the bit, in less than half the time: same world, same solver, less Python.
+
+    Walkers of one block are stepped together (step_walkers): Box2D one by one, their lidars in one NumPy ray cast
+    over the terrain instead of ten Python callbacks each. tests/test_walker.py compares every bit.
+    """
+
+    def __init__(self, hardcore: bool, max_episode_steps: int) -> None:
+        super().__init__(hardcore=hardcore)
+        self.max_episode_steps = max_episode_steps
+
+    def new_world(self) -> Box2D.b2World:
+        return QuickWorld()
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        self.elapsed = 0
+        result = super().reset(seed=seed, options=options)
+        self.elapsed = 0  # the published reset takes a step
+        return result
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.floating, bool, bool, dict]:
+        obs, reward, terminated, truncated = step_walkers([self], np.asarray(action)[None])
+        return obs[0], reward[0], bool(terminated[0]), bool(truncated[0]), {}
+
+    def _generate_terrain(self, hardcore: bool) -> None:
+        super()._generate_terrain(hardcore)
+        points = np.array([self.terrain_x, self.terrain_y], np.float32)  # (2, 200)
+        # (vertex x, y, edge x, y, normal x, y, squared length) of each edge
+        self.edges = np.concatenate((points[:, :-1], *edge_vectors(points[:, :-1], points[:, 1:])))
+        bodies = self.terrain[len(self.terrain_x) - 1 :]  # made before the edges, in a list reversed since
+        polygons = np.zeros((len(bodies) + 1, 4, 4), np.float32)  # (sides, (normal, vertex)); the last: never hit
+        for row, body in zip(polygons, bodies):
+            vertices = np.array(body.fixtures[0].shape.vertices, np.float32).T
+            _, normal, _ = edge_vectors(vertices, np.roll(vertices, -1, 1))
+            row[:, :2], row[:, 2:] = normal.T, vertices.T
+        # For each cell of the terrain, the polygons that rays from there can reach.
+        left, right = polygons[:-1, :, 2].min(1) - 0.1, polygons[:-1, :, 2].max(1) + 0.1
+        cells = np.arange(len(self.terrain_x))[:, None] * stock.TERRAIN_STEP
+        reach = (left < cells + stock.TERRAIN_STEP + stock.LIDAR_RANGE) & (right > cells)
+        assert reach.sum(1).max(initial=0) <= NEAR_POLYGONS
+        nearest = np.argsort(~reach, axis=1, kind="stable")[:, :NEAR_POLYGONS]
+        near = np.full((len(cells), NEAR_POLYGONS), len(bodies))
+        near[:, : nearest.shape[1]] = np.where(np.take_along_axis(reach, nearest, 1), nearest, len(bodies))
+        self.polygons, self.near, self.any_near = polygons, near, reach.any(1)
+
+
+def edge_vectors(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges, outward unit normals and squared lengths, (2, n), (2, n), (1, n), in Box2D's order of operations."""
+    edge = end - start
+    square = edge[0] * edge[0] + edge[1] * edge[1]
+    inverse = np.float32(1) / np.sqrt(square)
+    return edge, np.stack((edge[1] * inverse, -edge[0] * inverse)), square[None]
+
+
+def step_walkers(
+    walkers: Sequence[FastWalker], actions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One step of each walker with its row of actions (n, 4); what BipedalWalker.step does, in the same arithmetic.
+
+    Returns: observations (n, 24) float32, rewards (n,), terminated (n,), truncated (n,). Rewards have the actions'
+    precision, as the published ones do under NumPy 2.
+    """
+    n = len(walkers)
+    if not np.issubdtype(actions.dtype, np.floating):
+        actions = actions.astype(np.float64)
+    effort = np.minimum(np.abs(actions), 1)
+    speeds, torques = (MOTOR_SPEEDS * np.sign(actions)).tolist(), (stock.MOTORS_TORQUE * effort).tolist()
+    obs = np.empty((n, 24), np.float32)
+    progress, x, y = np.empty(n), [0.0] * n, [0.0] * n
+    terminated, truncated, fell = np.zeros((3, n), bool)
+    for i, walker in enumerate(walkers):
+        hull, joints, legs = walker.hull, walker.joints, walker.legs
+        for joint, speed, torque in zip(joints, speeds[i], torques[i]):
+            joint.motorSpeed = speed
+            joint.maxMotorTorque = torque
+        walker.world.Step(1.0 / stock.FPS, 6 * 30, 2 * 30)
+        position, velocity, angle = hull.position, hull.linearVelocity, hull.angle
+        x[i], y[i] = px, _ = position.x, position.y
+        hip0, knee0, hip1, knee1 = joints
+        obs[i, :14] = (
+            angle,
+            2.0 * hull.angularVelocity / stock.FPS,
+            0.3 * velocity.x * (stock.VIEWPORT_W / stock.SCALE) / stock.FPS,
+            0.3 * velocity.y * (stock.VIEWPORT_H / stock.SCALE) / stock.FPS,
+            hip0.angle,
+            hip0.speed / stock.SPEED_HIP,
+            knee0.angle + 1.0,
+            knee0.speed / stock.SPEED_KNEE,
+            legs[1].ground_contact,
+            hip1.angle,
+            hip1.speed / stock.SPEED_HIP,
+            knee1.angle + 1.0,
+            knee1.speed / stock.SPEED_KNEE,
+            legs[3].ground_contact,
+        )
+        shaping = 130 * px / stock.SCALE - 5.0 * abs(angle)
+        progress[i] = 0.0 if walker.prev_shaping is None else shaping - walker.prev_shaping
+        walker.prev_shaping = shaping
+        walker.scroll = px - stock.VIEWPORT_W / stock.SCALE / 5
+        walker.elapsed += 1
+        fell[i] = walker.game_over or px < 0
+        terminated[i] = fell[i] or px > FINISH
+        truncated[i] = walker.elapsed >= walker.max_episode_steps
+    obs[:, 14:] = cast_rays(walkers, np.array(x), np.array(y))
+    rewards = progress.astype(actions.dtype)
+    cost = actions.dtype.type(TORQUE_COST) * effort
+    for j in range(4):
+        rewards -= cost[:, j]
+    rewards[fell] = -100
+    return obs, rewards, terminated, truncated
+
+
+def cast_rays(walkers: Sequence[FastWalker], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The lidar fractions (n, 10) float32 of walkers whose hulls are at x, y (n,) float64.
+
+    b2EdgeShape::RayCast and b2PolygonShape::RayCast in float32 and in their order of operations, for the terrain
+    within reach at once: shapes are (walkers, rays, edges or polygons). Misses are 1.
+    """
+    cells = np.clip((x / stock.TERRAIN_STEP).astype(int), 0, len(walkers[0].near) - 1)
+    first = np.clip(cells - 1, 0, walkers[0].edges.shape[1] - NEAR_EDGES).tolist()
+    px, py = x.astype(np.float32)[:, None, None], y.astype(np.float32)[:, None, None]
+    dx = (x[:, None] + RAY_X).astype(np.float32)[:, :, None] - px
+    dy = (y[:, None] - RAY_Y).astype(np.float32)[:, :, None] - py
+
+    edges = np.concatenate([w.edges[:, i : i + NEAR_EDGES] for w, i in zip(walkers, first)])
+    vx, vy, ex, ey, nx, ny, square = edges.reshape(len(walkers), 7, 1, NEAR_EDGES).swapaxes(0, 1)
+    t = (nx * (vx - px) + ny * (vy - py)) / (nx * dx + ny * dy)
+    s = ((px + t * dx - vx) * ex + (py + t * dy - vy) * ey) / square
+    hit = (t >= 0) & (t <= 1) & (s >= 0) & (s <= 1)  # false for the NaN of a ray along an edge
+    fractions = np.where(hit, t, np.float32(1)).min(2)
+
+    some = [i for i, (w, cell) in enumerate(zip(walkers, cells.tolist())) if w.any_near[cell]]
+    if some:
+        polygons = np.stack([walkers[i].polygons[walkers[i].near[cells[i]]] for i in some])[:, None]
+        px, py, dx, dy = px[some], py[some], dx[some], dy[some]
+        lower, upper = np.float32(0), np.float32(1)
+        entered = missed = np.False_
+        for side in range(4):
+            nx, ny, vx, vy = np.moveaxis(polygons[..., side, :], -1, 0)
+            numerator, denominator = nx * (vx - px) + ny * (vy - py), nx * dx + ny * dy
+            ratio = numerator / denominator
+            enters = (denominator < 0) & (numerator < lower * denominator)
+            leaves = (denominator > 0) & (numerator < upper * denominator)
+            lower, upper = np.where(enters, ratio, lower), np.where(leaves, ratio, upper)
+            entered = entered | enters
+            missed = missed | ((denominator == 0) & (numerator < 0)) | (upper < lower)
+        fractions[some] = np.minimum(fractions[some], np.where(entered & ~missed, lower, np.float32(1)).min(2))
+    return fractions
+
+
+def fast_walker_agrees(env_id: str, steps: int = 200) -> bool:
+    """Whether the fast walker gives the published one's bits on this machine (a fused multiply-add would not)."""
+    rng = np.random.default_rng(0)
+    published = gym.make(env_id, disable_env_checker=True)
+    fast = FastWalker(WALKERS[env_id], published.spec.max_episode_steps)
+    with np.errstate(all="ignore"):
+        done = True
+        for step in range(steps):
+            if done:
+                published = gym.make(env_id, disable_env_checker=True)  # anew: its world must be fresh too
+                pairs = [(env.reset(seed=step)[0], 0, False) for env in (published, fast)]
+            else:
+                action = rng.uniform(-1, 1, 4).astype(np.float32)
+                pairs = [env.step(action)[:3] for env in (published, fast)]
+            (obs, reward, done), (fast_obs, fast_reward, fast_done) = pairs
+            if not np.array_equal(obs, fast_obs) or reward != fast_reward or done != fast_done:
+                return False
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# State and checkpoint
+# ----------------------------------------------------------------------------------------------------------------------
+
+FORMAT = "ppo_vec 1"
+MAGIC = b"ppo_vec1"  # before the digest that follows the checkpoint's bytes
+
+
+class State:
+    """Everything that must survive, in one object that saves to and loads from one dict of plain types and tensors."""
+
+    def __init__(self, args: Args, task: Task, device: torch.device) -> None:
+        # One seed, four streams that never overlap; `seed + i` would make neighbouring runs share environments
+        # (Gymnasium seeds each with its own). Stream 0 belongs to the environments: episode_seed().
+        _, noise, shuffle, init = np.random.SeedSequence(args.seed).spawn(4)
+        torch.manual_seed(int(init.generate_state(1)[0]))
+        self.args, self.task = args, task
+        self.agent = task.agent(args).to(device)
+        self.optimizer = make_optimizer(self.agent, args)
+        self.reward_scaler = RewardScaler(args.num_envs, args.gamma)
+        self.noise_rng = np.random.Generator(np.random.PCG64(noise))
+        self.shuffle_rng = torch.Generator().manual_seed(int(shuffle.generate_state(1)[0]))
+        self.envs = EnvState(args.num_envs, task.obs_dim)
+        self.iteration = 0
+        self.global_step = 0  # real steps: the rows in which an environment resets are none
+        self.episode_count = 0
+        self.recent: deque[tuple[float, int]] = deque(maxlen=100)  # (return, length) of the last episodes
+        self.train_time_s = 0.0  # rollouts and updates
+        self.wall_time_s = 0.0  # with evaluations and files; of this process and those before it
+        self.evaluations: list[dict[str, float]] = []
+        self.selection_episodes = 0  # evaluation episodes so far, each on a seed of its own
+        self.selection_steps = 0
+        self.best: dict[str, Any] | None = None  # {"agent": weights, "evaluation": its row of `evaluations`}
+        self.solved_at_step: int | None = None
+        self.solved_at_s: float | None = None
+        self.finished = False
+        self.log_sizes: dict[str, int] = {}  # bytes of episodes.csv and the event file that belong to this state
+
+    PLAIN = (
+        "iteration", "global_step", "episode_count", "train_time_s", "wall_time_s", "evaluations",
+        "selection_episodes", "selection_steps", "best", "solved_at_step", "solved_at_s", "finished", "log_sizes",
+    )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        scaler = self.reward_scaler
+        return {
+            **policy_dict(self.agent, self.args, self.task),
+            "optimizer": self.optimizer.state_dict(),
+            "reward_scaler": [scaler.count, scaler.mean, scaler.var, torch.from_numpy(scaler.returns)],
+            "noise_rng": self.noise_rng.bit_generator.state,
+            "shuffle_rng": self.shuffle_rng.get_state(),
+            "envs": self.envs.state_dict(),
+            "recent": list(self.recent),
+            **{name: getattr(self, name) for name in self.PLAIN},
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Raises UserError if `saved` does not fit this agent and environment."""
+        try:
+            self.agent.load_state_dict(saved["agent"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            scaler = self.reward_scaler
+            scaler.count, scaler.mean, scaler.var, returns = saved["reward_scaler"]
+            scaler.returns[...] = returns.numpy()
+            self.noise_rng.bit_generator.state = saved["noise_rng"]
+            self.shuffle_rng.set_state(saved["shuffle_rng"])
+            self.envs.load_state_dict(saved["envs"])
+            self.recent.extend(tuple(row) for row in saved["recent"])
+            for name in self.PLAIN:
+                setattr(self, name, saved[name])
+        except Exception as error:
+            raise UserError(f"the checkpoint does not fit: {' '.join(str(error).split())[:200]}") from error
+
+
+def policy_dict(agent: Agent, args: Args, task: Task) -> dict[str, Any]:
+    """A policy as plain types and tensors: what best.pt holds and a checkpoint begins with."""
+    return {
+        "format": FORMAT,
+        "args": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(args).items()},
+        "obs_dim": task.obs_dim,
+        "low": torch.from_numpy(task.low),
+        "high": torch.from_numpy(task.high),
+        "agent": agent.state_dict(),
+    }
+
+
+def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """Replaces `path` by `data` so that a crash leaves the old file or the new one whole; `keep` becomes the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep is not None and path.exists():
+        os.replace(path, keep)
+    os.replace(temporary, path)
+    if hasattr(os, "O_DIRECTORY"):  # the renames themselves have to reach the disk, too
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def encode(tree: dict[str, Any]) -> bytes:
+    """torch.save's bytes and their SHA-256 behind them: torch.load ignores the tail, but not a flipped bit's effect."""
+    buffer = io.BytesIO()
+    torch.save(tree, buffer)
+    data = buffer.getvalue()
+    return data + MAGIC + hashlib.sha256(data).digest()
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """Raises ValueError, saying why, for bytes that are not an intact checkpoint of ours. Executes nothing."""
+    body, tail = data[: -len(MAGIC) - 32], data[-len(MAGIC) - 32 :]
+    if not tail.startswith(MAGIC):
+        raise ValueError("is not a ppo_vec checkpoint, or is cut off")
+    if hashlib.sha256(body).digest() != tail[len(MAGIC) :]:
+        raise ValueError("is damaged: its digest does not match")
+    try:
+        tree = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a crafted file makes the restricted unpickler raise
+        raise ValueError("cannot be read as plain tensors") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise ValueError(f"is not of the format {FORMAT!r}")
+    return tree
+
+
+def read_checkpoint(where: str, policy: bool = False) -> tuple[Path, dict[str, Any]]:
+    """The newest intact checkpoint of a run folder, or of a file and its predecessor; with `policy`, best.pt first.
+
+    Returns the file used and its content. Raises UserError if there is none.
+    """
+    path = Path(where)
+    if path.is_dir():
+        names = ["best.pt"] * policy + ["checkpoint.pt", "checkpoint.previous.pt"]
+        candidates = [path / name for name in names]
+    else:
+        candidates = [path, path.with_name("checkpoint.previous.pt")] if path.name == "checkpoint.pt" else [path]
+    complaints = []
+    for candidate in candidates:
+        try:
+            tree = decode(candidate.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            complaints.append(f"{candidate} {reason}")
+            continue
+        for complaint in complaints:
+            warn(f"{complaint}; using {candidate.name}")
+        return candidate, tree
+    raise UserError("; ".join(complaints) or f"there is no checkpoint at {where}")
+
+
+def saved_args(tree: dict[str, Any]) -> Args:
+    """The arguments in a checkpoint. Raises UserError for ones that are not ours, or that would import code."""
+    try:
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["args"].items()}
+        args = Args(**saved)
+        for f in dataclasses.fields(Args):
+            value, plain = getattr(args, f.name), type(getattr(Args(), f.name))
+            if plain is not type(None) and type(value) is not plain and not (plain is float and type(value) is int):
+                raise TypeError(f"{f.name} is a {type(value).__name__}")
+    except Exception as error:
+        raise UserError(f"the checkpoint's arguments are not ppo_vec's: {error}") from error
+    if ":" in args.env_id:
+        raise UserError(f"the checkpoint's env id {args.env_id!r} would import code; refused")
+    args = dataclasses.replace(args, resume=None, evaluate=None)
+    args.validate()
+    return args
+
+
+def load_policy(where: str | Path) -> Policy:
+    """A run folder (its best policy) or a checkpoint -> a function from raw observations to deterministic actions.
+
+    (obs_dim,) -> (action_dim,), or (n, obs_dim) -> (n, action_dim), float32, ready for env.step().
+    Raises UserError if there is no intact checkpoint.
+    """
+    return restore_policy(read_checkpoint(str(where), policy=True)[1])
+
+
+def restore_policy(tree: dict[str, Any]) -> Policy:
+    try:
+        low, high = tree["low"].numpy(), tree["high"].numpy()
+        with torch.random.fork_rng(devices=[]):
+            agent = Agent(int(tree["obs_dim"]), len(low), saved_args(tree))
+        agent.load_state_dict(tree["agent"])
+        return Policy(agent.policy_arrays(), agent, low, high)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the checkpoint holds no policy of ours: {' '.join(str(error).split())[:200]}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+EVALUATIONS = 20  # periodic evaluations a run, at most
+EVALUATION_EPISODES = 10
+CANDIDATE_EPISODES = 20  # more for one that looks like the best so far: ten episodes are a coin's throw apart
+CONFIRMATION_EPISODES = 100
+EVALUATION_SHARE = 0.2  # of the steps trained; without an update a step costs half as much: a tenth of the time
+
+
+def run_episodes(
+    task: Task, policy: Policy, seeds: Sequence[int], as_published: bool, stochastic: bool = False,
+    beat: Callable[[], None] = lambda: None,
+) -> list[tuple[float, int]]:  # fmt: skip
+    """(undiscounted raw return, length) of one episode per seed, all at once, each in an environment of its own.
+
+    One episode each is a quota that favours no short ones (SB3 #402). The result does not depend on how seeds are
+    split over calls, as long as they are split at multiples of TILE.
+    """
+    if not seeds:
+        return []
+    envs = [task.make_env(as_published) for _ in seeds]
+    rngs = [np.random.default_rng((seed, 1)) for seed in seeds] if stochastic else []
+    obs = np.stack([reset_env(env, seed) for env, seed in zip(envs, seeds)])
+    returns, lengths, running = np.zeros(len(seeds)), np.zeros(len(seeds), int), np.arange(len(seeds))
+    limit = task.max_episode_steps or ENDLESS
+    while len(running):
+        noise = np.stack([rng.standard_normal(task.action_dim, np.float32) for rng in rngs]) if stochastic else None
+        actions = policy.env_action(policy.sample(obs, noise))
+        obs[running], rewards, terminated, truncated = step_envs([envs[i] for i in running], actions[running])
+        returns[running] += rewards
+        lengths[running] += 1
+        running = running[~(terminated | truncated) & (lengths[running] < limit)]
+        beat()
+    for env in envs:
+        env.close()
+    return list(zip(returns.tolist(), lengths.tolist()))
+
+
+def summarize(episodes: list[tuple[float, int]], goal: float | None) -> dict[str, float]:
+    returns = np.array([ret for ret, _ in episodes])
+    solved = float((returns >= goal).mean()) if goal is not None else None
+    return {
+        "episodes": len(returns), "mean": float(returns.mean()), "std": float(returns.std()),
+        "min": float(returns.min()), "frac_solved": solved,
+    }  # fmt: skip
+
+
+def evaluation_due(state: State, args: Args) -> bool:
+    """At most EVALUATIONS a run, and no more than their share. Counted in steps: the same in every run of a seed."""
+    last = state.evaluations[-1]["global_step"] if state.evaluations else 0
+    spaced = state.global_step - last >= args.total_timesteps / EVALUATIONS
+    return spaced and state.selection_steps <= EVALUATION_SHARE * state.global_step
+
+
+def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
+    """A periodic evaluation, on fresh selection seeds; keeps the best policy, notes when the task is solved."""
+    policy, goal = state.agent.policy_arrays(), state.task.goal
+
+    def more(count: int) -> list[tuple[float, int]]:
+        first = SELECTION_SEEDS + state.selection_episodes
+        episodes = envs.evaluate(policy, list(range(first, first + count)), as_published=False)
+        state.selection_episodes += count
+        state.selection_steps += sum(length for _, length in episodes)
+        return episodes
+
+    def mean(episodes: list[tuple[float, int]]) -> float:
+        return sum(ret for ret, _ in episodes) / len(episodes)
+
+    best = state.best["evaluation"]["mean"] if state.best else -math.inf
+    episodes = more(EVALUATION_EPISODES)
+    if mean(episodes) > best > -math.inf:
+        episodes += more(CANDIDATE_EPISODES)
+    if goal is not None and state.solved_at_step is None and mean(episodes) >= goal:
+        confirmation = more(CONFIRMATION_EPISODES)
+        if mean(confirmation) >= goal:
+            state.solved_at_step, state.solved_at_s = state.global_step, run.wall_time(state)
+        episodes += confirmation
+    row = {"global_step": state.global_step, "time_s": run.wall_time(state), **summarize(episodes, goal)}
+    state.evaluations.append(row)
+    if row["mean"] > best:
+        state.best = {"agent": {k: v.cpu().clone() for k, v in state.agent.state_dict().items()}, "evaluation": row}
+        run.save_best(state)
+    run.log_evaluation(state, row)
+    run.write_summary(state, envs, summarize_periodic(state))
+
+
+def summarize_periodic(state: State) -> dict[str, Any]:
+    """The evaluation fields of summary.json while a run is under way."""
+    best, last = state.best["evaluation"], state.evaluations[-1]
+    return {
+        **{f"eval_{k}": best[k] for k in ("episodes", "mean", "std", "min", "frac_solved")},
+        **{f"last_eval_{k}": last[k] for k in ("mean", "std", "min")},
+    }
+
+
+def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
+    """The end of a run: the test of the best and of the last policy, on the published environment and unseen seeds."""
+    if not state.evaluations or state.evaluations[-1]["global_step"] < state.global_step:
+        evaluate_progress(envs, state, run, args)
+        run.save(state)
+    seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
+    run.say(f"testing the delivered and the last policy on {len(seeds)} unseen episodes of the published environment")
+    with torch.random.fork_rng(devices=[]):
+        best_agent = state.task.agent(args)
+    best_agent.load_state_dict(state.best["agent"])
+    last_episodes = envs.evaluate(state.agent.policy_arrays(), seeds, as_published=True)
+    best_is_last = state.best["evaluation"] == state.evaluations[-1]
+    episodes = last_episodes if best_is_last else envs.evaluate(best_agent.policy_arrays(), seeds, as_published=True)
+    best, last = summarize(episodes, state.task.goal), summarize(last_episodes, state.task.goal)
+    state.finished = True
+    fields = {f"eval_{k}": v for k, v in best.items()}
+    fields |= {f"last_eval_{k}": last[k] for k in ("mean", "std", "min")}
+    run.write_summary(state, envs, fields)
+    run.save(state)
+    run.say(f"delivered policy: {describe(best)}; last weights: {describe(last)}")
+    if args.capture_video:
+        path = record_video(state.task, state.task.policy(best_agent), run.path / "videos", TEST_SEEDS)
+        run.say(f"video: {path}")
+
+
+def describe(result: dict[str, float]) -> str:
+    solved = "" if result["frac_solved"] is None else f", {result['frac_solved']:.0%} solved"
+    return f"{result['mean']:.1f} +- {result['std']:.1f} (min {result['min']:.1f}{solved}, {result['episodes']} episodes)"
+
+
+def record_video(task: Task, policy: Policy, folder: Path, seed: int) -> Path:
+    """Writes a whole episode of the deterministic policy as an mp4, frame by frame (RecordVideo would keep all)."""
+    import imageio_ffmpeg
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{task.env_id.replace('/', '_')}-seed{seed}.mp4"
+    env = gym.make(task.env_id, render_mode="rgb_array", disable_env_checker=True)
+    obs, done = reset_env(env, seed), False
+    frame = env.render()
+    fps = env.metadata.get("render_fps", 30)
+    # Two encoder threads; macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
+    writer = imageio_ffmpeg.write_frames(
+        str(path), (frame.shape[1], frame.shape[0]), fps=fps, macro_block_size=2, output_params=["-threads", "2"]
+    )
+    writer.send(None)
+    try:
+        for _ in range(task.max_episode_steps or ENDLESS):
+            writer.send(np.ascontiguousarray(frame))
+            if done:
+                break
+            action = policy(obs).reshape(env.action_space.shape).astype(env.action_space.dtype)
+            raw, _, terminated, truncated, _ = env.step(action)
+            obs, done = np.asarray(raw, np.float32).ravel(), terminated or truncated
+            frame = env.render()
+    finally:
+        writer.close()
+        env.close()
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files, logs and signals of a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def warn(message: str) -> None:
+    say(f"ppo_vec.py: warning: {message}")
+
+
+def say(message: str) -> None:
+    """One line on stderr, above a progress bar if there is one."""
+    try:
+        from tqdm import tqdm
+
+        tqdm.write(message, file=sys.stderr)
+    except ImportError:
+        print(message, file=sys.stderr, flush=True)
+
+
+class AppendLog:
+    """A file that only grows, and survives a full disk: what could not be written is kept and tried again.
+
+    `size` are the bytes that belong to the run so far; a resumed run cuts off what was written after its checkpoint.
+    """
+
+    def __init__(self, path: Path, header: bytes, size: int | None) -> None:
+        self.path, self.pending, self.failing = path, bytearray(), False
+        if size is None:
+            self.size = 0
+            self.pending += header
+        else:
+            self.size = min(size, path.stat().st_size) if path.exists() else 0
+
+    def flush(self) -> bool:
+        """Writes what is pending; returns whether the file now holds everything."""
+        try:
+            with open(self.path, "r+b" if self.path.exists() else "wb") as file:
+                file.seek(self.size)
+                file.write(self.pending)
+                file.truncate()
+        except OSError as error:
+            if not self.failing:
+                warn(f"cannot write {self.path} ({error.strerror}); the run goes on and tries again")
+            self.failing = True
+            return False
+        if self.failing:
+            warn(f"{self.path} can be written again; nothing is missing")
+        self.failing = False
+        self.size += len(self.pending)
+        self.pending.clear()
+        return True
+
+
+class Run:
+    """A run's folder, its logs, checkpoints and progress bar, and the signals that end it."""
+
+    def __init__(self, args: Args, task: Task, state: State, checkpoint: dict[str, Any] | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.args, self.task, self.pid = args, task, os.getpid()
+        self.path = Path(args.runs_dir) / args.run_name
+        self.stopped: int | None = None  # the signal that asked the run to end
+        self.started = time.perf_counter()
+        self.wall_before, self.train_before, self.steps_before = state.wall_time_s, state.train_time_s, state.global_step
+        self.saved_at, self.save_cost = -math.inf, 0.0
+        self.save_failing = False
+
+        def encode_event(**fields: Any) -> bytes:
+            buffer = io.BytesIO()
+            RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
+            return buffer.getvalue()
+
+        self.encode_event = encode_event
+        # One event file per run, continued on resume: one axis, no step twice (SB3 #433, #975).
+        existing = sorted(self.path.glob("events.out.tfevents.*"))
+        events = existing[0] if existing else self.path / f"events.out.tfevents.{int(time.time())}.{platform.node()}"
+        sizes = state.log_sizes if checkpoint else {}
+        self.events = AppendLog(events, encode_event(file_version="brain.Event:2"), sizes.get("events"))
+        header = b"global_step,time_s,return,length,env\n"
+        self.episodes = AppendLog(self.path / "episodes.csv", header, sizes.get("episodes"))
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(
+                project="ppo_vec", name=args.run_name, id=args.run_name, resume="allow", config=dataclasses.asdict(args)
+            )
+
+    def __enter__(self) -> Run:
+        self.write("args.json", lambda: json.dumps(describe_run(self.args), indent=2))
+        self.bar = progress_bar(self.args, self.steps_before)
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+            if hasattr(signal, "SIGALRM"):
+                self.handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.on_alarm)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.bar is not None:
+            self.bar.close()
+        self.events.flush(), self.episodes.flush()
+        self.write_curve()
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.stopped:
+            say(f"stopped by {signal.Signals(self.stopped).name}; continue with: --resume {self.path}")
+        return kind is Interrupted
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """The first signal lets the iteration finish, for a few seconds at most; the second ends the run at once."""
+        if os.getpid() != self.pid:
+            return  # a worker that has just been forked and not yet changed its handlers
+        if self.stopped:
+            for process in multiprocessing.active_children():
+                process.kill()
+            os._exit(128 + number)
+        self.stopped = number
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 3.0)
+
+    def on_alarm(self, *_: Any) -> None:
+        raise Interrupted  # the checkpoint of the last iteration is on the disk
+
+    # -- what is written ------------------------------------------------------------------------------------------
+
+    def write(self, name: str, content: Callable[[], str]) -> None:
+        try:
+            write_file(self.path / name, content().encode())
+        except OSError as error:
+            warn(f"cannot write {self.path / name} ({error.strerror}); the run goes on")
+
+    def save(self, state: State) -> None:
+        """Writes checkpoint.pt, keeping the one before; a disk that is full does not end the run."""
+        began = time.perf_counter()
+        state.wall_time_s = self.wall_time(state)
+        try:
+            if self.events.flush() and self.episodes.flush():
+                state.log_sizes = {"events": self.events.size, "episodes": self.episodes.size}
+                data = encode(state.state_dict())
+                write_file(self.path / "checkpoint.pt", data, keep=self.path / "checkpoint.previous.pt")
+                if self.save_failing:
+                    warn("checkpoints can be written again")
+                self.save_failing = False
+        except OSError as error:
+            if not self.save_failing:
+                warn(f"cannot write a checkpoint ({error.strerror}); the run goes on and tries again")
+            self.save_failing = True
+        self.saved_at = time.perf_counter()
+        self.save_cost = self.saved_at - began
+
+    def save_now_and_then(self, state: State) -> None:
+        """A checkpoint at a wall-clock cadence that costs at most a hundredth of the time, whatever the disk."""
+        if time.perf_counter() - self.saved_at > max(2.0, 100 * self.save_cost):
+            self.save(state)
+
+    def save_best(self, state: State) -> None:
+        tree = {**policy_dict(state.agent, self.args, self.task), **state.best, "global_step": state.global_step}
+        try:
+            write_file(self.path / "best.pt", encode(tree))
+        except OSError as error:
+            warn(f"cannot write best.pt ({error.strerror}); the checkpoint holds it, too")
+
+    def write_summary(self, state: State, envs: VecEnv, evaluation: dict[str, Any]) -> None:
+        summary = {
+            "env_id": self.args.env_id,
+            "seed": self.args.seed,
+            "global_step": state.global_step,
+            "wall_time_s": round(self.wall_time(state), 3),
+            "train_time_s": round(state.train_time_s, 3),
+            "sps": round(state.global_step / max(state.train_time_s, 1e-9), 1),
+            **evaluation,
+            "solved_at_step": state.solved_at_step,
+            "solved_at_s": state.solved_at_s,
+            "worker_restarts": envs.restarts,
+            "finished": state.finished,
+        }
+        self.write("summary.json", lambda: json.dumps(summary, indent=2))
+
+    def write_curve(self) -> None:
+        try:
+            plot_learning_curve(self.path, self.task.goal)
+        except ImportError:
+            warn("no learning_curve.png without matplotlib")
+        except OSError as error:
+            warn(f"cannot write learning_curve.png ({error.strerror})")
+
+    # -- what is logged -------------------------------------------------------------------------------------------
+
+    def wall_time(self, state: State) -> float:
+        return self.wall_before + time.perf_counter() - self.started
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self.events.pending += self.encode_event(step=step, summary=summary)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def log(
+        self, state: State, rollout: Rollout, episodes: list[Episode], metrics: dict[str, float], learning_rate: float,
+        rollout_s: float, update_s: float,
+    ) -> None:  # fmt: skip
+        """One iteration: TensorBoard, episodes.csv, progress bar. Every tag is explained in the README."""
+        valid = int(rollout.valid.sum())
+        for episode in episodes:
+            self.scalars(
+                episode.global_step,
+                {"charts/episodic_return": episode.ret, "charts/episodic_length": float(episode.length)},
+            )
+            line = f"{episode.global_step},{self.wall_time(state):.3f},{episode.ret!r},{episode.length},{episode.env}\n"
+            self.episodes.pending += line.encode()
+            state.recent.append((episode.ret, episode.length))
+        values = {
+            "charts/learning_rate": learning_rate,
+            "charts/SPS": valid / (rollout_s + update_s),
+            "charts/SPS_rollout": valid / rollout_s,
+            "charts/SPS_total": (state.global_step - self.steps_before) / (time.perf_counter() - self.started),
+            "charts/valid_fraction": valid / self.args.batch_size,
+            "charts/action_std": self.action_std(state.agent, rollout),
+            "time/rollout_s": rollout_s,
+            "time/update_s": update_s,
+            **{f"losses/{name}": value for name, value in metrics.items()},
+        }
+        if episodes:
+            values["charts/fall_rate"] = sum(e.fell for e in episodes) / len(episodes)
+        self.scalars(state.global_step, values)
+        self.events.flush(), self.episodes.flush()
+        if self.bar is not None:
+            self.bar.update(min(state.global_step, self.args.total_timesteps) - self.bar.n)
+            shown = {"SPS": f"{values['charts/SPS']:.0f}"}
+            if state.recent:
+                returns, lengths = zip(*state.recent)
+                shown = {"return": f"{np.mean(returns):.1f}", "length": f"{np.mean(lengths):.0f}", **shown}
+            self.bar.set_postfix(shown)
+
+    @staticmethod
+    def action_std(agent: Agent, rollout: Rollout) -> float:
+        with torch.no_grad():
+            if agent.state_dependent_std:
+                return float(agent.mean_logstd(agent.normalizer(rollout.obs[:-1]))[1].exp().mean())
+            return float(agent.actor.logstd.exp().mean())
+
+    def log_evaluation(self, state: State, row: dict[str, float]) -> None:
+        self.scalars(state.global_step, {"charts/eval_return": row["mean"]})
+        self.say(f"step {state.global_step}: evaluation {describe(row)}")
+
+    def say(self, message: str) -> None:
+        say(message)
+
+
+class Interrupted(BaseException):
+    """A signal came and the iteration did not finish in time."""
+
+
+def progress_bar(args: Args, initial: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no redrawing
+    return tqdm(total=args.total_timesteps, initial=initial, unit="step", mininterval=interval, dynamic_ncols=True)
+
+
+def describe_run(args: Args) -> dict[str, Any]:
+    """What args.json holds: every argument and everything that a result depends on."""
+
+    def commit() -> str | None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+            return subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+    def processor() -> str:
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+        return platform.processor() or platform.machine()
+
+    return {
+        "args": dataclasses.asdict(args),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "gymnasium": gym.__version__,
+            "box2d": Box2D.__version__,
+        },
+        "git_commit": commit(),
+        "cpu": processor(),
+        "cores": usable_cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def plot_learning_curve(path: Path, goal: float | None) -> None:
+    """learning_curve.png: the mean return of a window of episodes with its deviation, against steps; evaluations."""
+    rows = np.loadtxt(path / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
+    if not len(rows):
+        return
+    from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
+
+    steps, returns = rows[:, 0], rows[:, 2]
+    window = max(1, min(100, len(rows) // 10))
+    sums = np.cumsum(np.insert(np.stack((returns, returns**2)), 0, 0, axis=1), axis=1)
+    mean, square = (sums[:, window:] - sums[:, :-window]) / window
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    x = steps[window - 1 :]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, label="±1 standard deviation")
+    axes.plot(x, mean, lw=1.5, label=f"training return, mean of {window} episodes")
+    with contextlib.suppress(OSError, ValueError, UserError):
+        tree = decode((path / "checkpoint.pt").read_bytes())
+        points = [(e["global_step"], e["mean"]) for e in tree["evaluations"]]
+        if points:
+            axes.plot(*zip(*points), "o", ms=5, color="C1", label="evaluation, deterministic")
+        if tree["solved_at_step"] is not None:
+            axes.axvline(tree["solved_at_step"], color="C2", lw=1, ls=":", label="solved")
+    if goal is not None:
+        axes.axhline(goal, color="0.4", lw=1, ls="--", label=f"goal {goal:g}")
+    axes.set(xlabel="environment steps", ylabel="return", title=path.name)
+    axes.legend(loc="lower right", fontsize="small")
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    write_file(path / "learning_curve.png", buffer.getvalue())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHANGEABLE = {  # on --resume; whatever else changed would make it another run
+    "total_timesteps", "num_workers", "worker_timeout", "fast_walker", "track", "capture_video", "eval_episodes", "cuda",
+    "resume", "runs_dir", "run_name",
+}  # fmt: skip
+
+
+def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
+    """Two passes: the env id or the run first, then tyro with that environment's or that run's values as defaults.
+
+    Returns the arguments and, for --resume and --evaluate, the checkpoint.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("env-id", "resume", "evaluate"):
+        first.add_argument(f"--{flag}", f"--{flag.replace('-', '_')}")
+    try:
+        known, _ = first.parse_known_args(list(argv))
+    except argparse.ArgumentError:
+        known = argparse.Namespace(env_id=None, resume=None, evaluate=None)  # tyro will say what is wrong
+    where = known.resume or known.evaluate
+    if where is None:
+        env_id = known.env_id or Args.env_id
+        defaults = Args(**{"env_id": env_id, **TUNED.get(env_id, {})})
+        args = tyro.cli(Args, args=list(argv), default=defaults)
+        args.validate()
+        return args, None
+
+    path, tree = read_checkpoint(where, policy=known.evaluate is not None)
+    saved = saved_args(tree)
+    if known.env_id not in (None, saved.env_id):
+        raise UserError(f"{where} was trained on {saved.env_id}, not on {known.env_id}")
+    args = tyro.cli(Args, args=list(argv), default=saved)
+    args.validate()
+    if known.resume:
+        for f in dataclasses.fields(Args):
+            if f.name not in CHANGEABLE and getattr(args, f.name) != getattr(saved, f.name):
+                raise UserError(f"--{f.name.replace('_', '-')} cannot change when a run is resumed")
+        if "optimizer" not in tree:
+            raise UserError(f"{path} holds a policy only; resume from the run's folder or its checkpoint.pt")
+        folder = path.resolve().parent  # wherever the run folder is now
+        args = dataclasses.replace(args, runs_dir=str(folder.parent), run_name=folder.name, resume=None)
+    return args, tree
+
+
+def choose_device(args: Args) -> torch.device:
+    if args.cuda and not torch.cuda.is_available():
+        warn("--cuda: torch finds no CUDA device; training on the CPU")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # these matrices are too small to share; more threads only wait for each other
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    if args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return device
+
+
+def evaluate_run(args: Args, tree: dict[str, Any]) -> None:
+    """--evaluate: test episodes of a saved policy on the published environment; prints the result."""
+    policy, task = restore_policy(tree), Task.of(args)
+    if (task.obs_dim, task.action_dim) != (len(policy.mean), policy.action_dim):
+        raise UserError(f"{args.evaluate} does not fit {args.env_id}: other observations or actions")
+    seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
+    episodes: list[tuple[float, int]] = []
+    bar = progress_bar(dataclasses.replace(args, total_timesteps=len(seeds)), 0)
+    for start in range(0, len(seeds), 5 * TILE):
+        batch = seeds[start : start + 5 * TILE]
+        episodes += run_episodes(task, policy, batch, as_published=True, stochastic=args.stochastic)
+        if bar is not None:
+            bar.update(len(batch))
+    if bar is not None:
+        bar.close()
+    how = "stochastic" if args.stochastic else "deterministic"
+    lengths = np.mean([length for _, length in episodes])
+    print(f"{args.env_id}, {how}: {describe(summarize(episodes, task.goal))}, mean length {lengths:.0f}")
+    if args.capture_video:
+        where = Path(args.evaluate)
+        folder = (where if where.is_dir() else where.parent) / "videos"
+        print(f"video: {record_video(task, policy, folder, TEST_SEEDS)}")
+
+
+def prepare_folder(args: Args) -> Args:
+    """Names and makes the run folder. Raises UserError if it cannot be written or holds another run."""
+    name = args.run_name or f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    path = Path(args.runs_dir) / name
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UserError(f"{path} already holds a run; continue it with --resume {path}, or choose another --run-name")
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {path}: {error.strerror}") from error
+    return dataclasses.replace(args, run_name=name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, 1 training failed, 2 bad input, 130 or 143 stopped by a signal."""
+    try:
+        args, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
+        if args.evaluate:
+            evaluate_run(args, checkpoint)
+            return 0
+        if checkpoint and checkpoint["finished"] and checkpoint["global_step"] >= args.total_timesteps:
+            say(f"{Path(args.runs_dir) / args.run_name} is finished; a longer --total-timesteps would extend it")
+            return 0
+        if not checkpoint:
+            args = prepare_folder(args)
+        run = train(args, checkpoint)
+        return 128 + run.stopped if run.stopped else 0
+    except UserError as error:
+        print(f"ppo_vec.py: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"ppo_vec.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

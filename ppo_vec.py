@@ -454,34 +454,30 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The clipped PPO loss of one minibatch (arXiv:1707.06347, equation 9).
 
-    Args: x (B, obs_dim) normalised observations, actions (B, action_dim), columns (5, B) the rows' old log
-    probability, advantage, return, old value and mask. Every mean is over the rows whose mask is 1; what the other
-    rows hold has no influence, even if it is not finite.
+    Args: x (B, obs_dim) normalised observations, actions (B, action_dim), columns (5, B): the rows' old log
+    probability, advantage, return, old value and mask. Every mean is over the rows whose mask is 1.
     Returns: the loss, and the first six of METRICS without gradient.
     """
     old_logprob, advantage, returns, old_value, mask = columns
-    weight = mask / mask.sum().clamp(min=1)
-    valid = mask > 0
+    count = mask.sum()
+    weight = mask / count.clamp(min=1)
     logprob, entropy = agent.log_prob_entropy(x, actions)
-    value = agent.value(x)
-    logratio = torch.where(valid, logprob - old_logprob, 0.0)
+    logratio = logprob - old_logprob
     ratio = logratio.exp()
-    advantage = torch.where(valid, advantage, 0.0)
     if norm_adv:
-        centred = advantage - advantage @ weight
-        std = (centred.square() @ mask / (mask.sum() - 1).clamp(min=1)).sqrt()  # unbiased, as torch.std
-        advantage = torch.where(valid, centred, 0.0) / (std + 1e-8)
+        advantage = advantage - advantage @ weight
+        std = (advantage.square() @ mask / (count - 1).clamp(min=1)).sqrt()  # unbiased, as torch.std
+        advantage = advantage / (std + 1e-8)
     policy_loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef))
+    value = agent.value(x)
     value_loss = (value - returns).square()
     if clip_vloss:
         clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
         value_loss = torch.maximum(value_loss, (clipped - returns).square())
-    value_loss = torch.where(valid, 0.5 * value_loss, 0.0)
-    entropy = torch.where(valid, entropy, 0.0)
     with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
         kl = ratio - 1 - logratio
         clipped_rows = ((ratio - 1).abs() > clip_coef).float()
-    means = torch.stack((policy_loss, value_loss, entropy, -logratio, kl, clipped_rows)) @ weight
+    means = torch.stack((policy_loss, 0.5 * value_loss, entropy, -logratio, kl, clipped_rows)) @ weight
     return means[0] + vf_coef * means[1] - ent_coef * means[2], means.detach()
 
 
@@ -492,7 +488,8 @@ def update(
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns means over its minibatches.
 
     Advantages are computed once. Minibatches are equal slices of a shuffle over all rows, reset rows included, so that
-    shapes never change; the mask keeps those rows out of every mean.
+    shapes never change; the mask keeps those rows out of every mean, and zeros in them keep it finite.
+    Raises TrainingError for a loss or gradient that is not finite.
     """
     flags = rollout.terminated, rollout.truncated
     advantages = gae(rollout.rewards, rollout.values, *flags, args.gamma, args.gae_lambda)
@@ -502,9 +499,10 @@ def update(
     returns = targets + rollout.values[:-1]
 
     b_obs = agent.normalizer(rollout.obs[:-1]).flatten(0, 1)
-    b_actions = rollout.actions.flatten(0, 1)
+    b_actions = torch.where(rollout.valid[..., None], rollout.actions, 0.0).flatten(0, 1)
     b_columns = torch.stack((rollout.logprobs, advantages, returns, rollout.values[:-1], rollout.valid.float()))
-    b_columns = b_columns.flatten(1)
+    b_columns = torch.where(rollout.valid, b_columns, 0.0).flatten(1)
+    nets = agent.actor, agent.critic
     size = args.minibatch_size
     metrics: list[Tensor] = []
     for _ in range(args.update_epochs):
@@ -519,11 +517,15 @@ def update(
             # Before the step, so that no step is taken on a policy that has gone too far already (SB3).
             if args.target_kl is not None and means[4] > args.target_kl:
                 break
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norms = [nn.utils.clip_grad_norm_(g["params"], args.max_grad_norm) for g in optimizer.param_groups]
+            gradients = iter(torch.autograd.grad(loss, [p for net in nets for p in net.parameters()]))
+            norms = []
+            for net, group in zip(nets, optimizer.param_groups):
+                flat = torch.cat([next(gradients).flatten() for _ in net.parameters()])
+                norms.append(flat.norm())
+                # Actor and critic are clipped each on its own: a poor critic does not slow the actor down.
+                group["params"][0].grad = flat.mul_((args.max_grad_norm / (norms[-1] + 1e-6)).clamp(max=1.0))
             optimizer.step()
-            metrics.append(torch.cat((means, torch.stack(norms).square().sum().sqrt().view(1))))
+            metrics.append(torch.cat((means, torch.stack(norms).norm().view(1))))
         else:
             continue
         break
@@ -536,14 +538,21 @@ def update(
     y, pred = returns.flatten()[valid], rollout.values[:-1].flatten()[valid]
     result = dict(zip(METRICS, table.mean(0).tolist()))
     result["explained_variance"] = float(1 - (y - pred).var() / y.var()) if y.numel() > 1 and y.var() > 0 else 0.0
-    result["minibatches"] = float(len(metrics))
     return result
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
-    """Adam with two groups, actor and critic: each clipped on its own, each with its own rate if asked for."""
+    """Adam with two groups, actor and critic: each clipped on its own, each with its own rate if asked for.
+
+    Each network's parameters become views of one flat tensor, which is what Adam steps: on networks this small most
+    of an optimizer's time is the handling of many little tensors. Call it after the agent has moved to its device.
+    """
     rates = args.learning_rate, args.critic_learning_rate or args.learning_rate
-    groups = [{"params": list(net.parameters()), "lr": lr} for net, lr in zip((agent.actor, agent.critic), rates)]
+    groups = []
+    for net, rate in zip((agent.actor, agent.critic), rates):
+        flat = nn.Parameter(nn.utils.parameters_to_vector(net.parameters()).detach())
+        nn.utils.vector_to_parameters(flat.data, net.parameters())  # sets each p.data to its view
+        groups.append({"params": [flat], "lr": rate})
     return torch.optim.Adam(groups, eps=1e-5, fused=True)  # eps: 37 details, no. 3
 
 

@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -39,8 +40,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +175,7 @@ class Args:
                 check(math.isfinite(value), f"{flag} must be a finite number, not {value}")
             if f.name.startswith("num_") or f.name in ("total_timesteps", "update_epochs", "eval_episodes"):
                 check(value is None or value >= 1, f"{flag} must be at least 1, not {value}")
-            if f.name.endswith("learning_rate") or f.name in ("clip_coef", "max_grad_norm", "target_kl", "worker_timeout"):
+            if f.name in POSITIVE:
                 check(value is None or value > 0, f"{flag} must be greater than 0, not {value}")
             if f.name in ("gamma", "gae_lambda", "value_lambda"):
                 check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
@@ -182,11 +183,12 @@ class Args:
                 check(value >= 0, f"{flag} must not be negative, not {value}")
             if f.name.endswith("hidden_sizes"):
                 check(all(size >= 1 for size in value), f"{flag} must all be at least 1, not {value}")
+        check(0 < self.worker_timeout <= threading.TIMEOUT_MAX, "--worker-timeout is too long")
         check(self.reward_floor < 0, f"--reward-floor must be negative, not {self.reward_floor}")
         check(self.activation in ACTIVATIONS, f"--activation must be one of {', '.join(ACTIVATIONS)}")
         check(
             self.num_workers is None or self.num_workers <= self.num_envs,
-            f"--num-workers {self.num_workers} is more than --num-envs {self.num_envs}: some would have nothing to step",
+            f"--num-workers {self.num_workers} is more than --num-envs {self.num_envs}",
         )
         check(
             self.batch_size % self.num_minibatches == 0,
@@ -195,13 +197,15 @@ class Args:
         )
         check(
             self.minibatch_size > 1 or not self.norm_adv,
-            f"--num-minibatches {self.num_minibatches} leaves one sample a minibatch, whose advantage cannot be normalised",
+            f"--num-minibatches {self.num_minibatches} leaves one sample a minibatch: no advantage to normalise",
         )
         check(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
         check(not self.stochastic or bool(self.evaluate), "--stochastic belongs to --evaluate")
         name = self.run_name or "name"
         check(Path(name).name == name, f"--run-name {name!r} must be a plain folder name")
 
+
+POSITIVE = ("learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm", "target_kl", "worker_timeout")
 
 # What beats the defaults above, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
@@ -273,7 +277,7 @@ class Normalizer(nn.Module):
 def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequential:
     """Linear layers with `activation` between them; orthogonal initialisation, biases zero (37 details, no. 2)."""
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         linear = nn.Linear(fan_in, fan_out)
         last = i == len(sizes) - 2
         nn.init.orthogonal_(linear.weight, last_gain if last else math.sqrt(2))
@@ -639,6 +643,7 @@ def train(args: Args, checkpoint: dict[str, Any] | None = None) -> Run:
     state = State(args, task, device)
     if checkpoint:
         state.load(checkpoint)
+        state.finished = False
     rollout = Rollout.allocate(args, task.obs_dim, task.action_dim, device)
     loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
 
@@ -719,7 +724,7 @@ class Task:
                 "actions; supported are environments with Box observations and Box actions"
             )
         if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
-            raise UserError(f"--env-id {args.env_id} has unbounded actions; supported are Box actions with finite bounds")
+            raise UserError(f"--env-id {args.env_id} has unbounded actions; supported are finite bounds")
         spec = env.spec
         env.close()
         hardcore = WALKERS.get(args.env_id)
@@ -954,7 +959,6 @@ class Block(gym.Env):
         """On the first call: brings every environment to where the last complete rollout left it."""
         if self.envs:
             return
-        np.seterr(all="ignore")  # a ray parallel to an edge divides by zero, and is a miss
         self.data = self.shared.open()
         self.policy = self.task.policy(self.agent, self.data.policy)
         columns, state = slice(self.start, self.stop), self.state
@@ -1143,9 +1147,9 @@ class VecEnv:
             array = getattr(data, name)
             if not np.isfinite(array).all():
                 t, env = np.argwhere(~np.isfinite(array))[0][:2]
-                what = {"obs": "observation", "actions": "action", "rewards": "reward"}[name]
-                value = array[t, env]
-                raise TrainingError(f"the {what} of environment {env} at step {t} of the rollout is not finite: {value}")
+                raise TrainingError(
+                    f"{name} of environment {env} at step {t} of the rollout are not finite: {array[t, env]}"
+                )
         return data
 
     def evaluate(self, policy: list[np.ndarray], seeds: list[int], as_published: bool) -> list[tuple[float, int]]:
@@ -1313,6 +1317,7 @@ def step_walkers(
     return obs, rewards, terminated, truncated
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # a ray parallel to an edge divides by zero, and is a miss
 def cast_rays(walkers: Sequence[FastWalker], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The lidar fractions (n, 10) float32 of walkers whose hulls are at x, y (n,) float64.
 
@@ -1356,18 +1361,17 @@ def fast_walker_agrees(env_id: str, steps: int = 200) -> bool:
     rng = np.random.default_rng(0)
     published = gym.make(env_id, disable_env_checker=True)
     fast = FastWalker(WALKERS[env_id], published.spec.max_episode_steps)
-    with np.errstate(all="ignore"):
-        done = True
-        for step in range(steps):
-            if done:
-                published = gym.make(env_id, disable_env_checker=True)  # anew: its world must be fresh too
-                pairs = [(env.reset(seed=step)[0], 0, False) for env in (published, fast)]
-            else:
-                action = rng.uniform(-1, 1, 4).astype(np.float32)
-                pairs = [env.step(action)[:3] for env in (published, fast)]
-            (obs, reward, done), (fast_obs, fast_reward, fast_done) = pairs
-            if not np.array_equal(obs, fast_obs) or reward != fast_reward or done != fast_done:
-                return False
+    done = True
+    for step in range(steps):
+        if done:
+            published = gym.make(env_id, disable_env_checker=True)  # anew: its world must be fresh, too
+            pairs = [(env.reset(seed=step)[0], 0, False) for env in (published, fast)]
+        else:
+            action = rng.uniform(-1, 1, 4).astype(np.float32)
+            pairs = [env.step(action)[:3] for env in (published, fast)]
+        (obs, reward, done), (fast_obs, fast_reward, fast_done) = pairs
+        if not np.array_equal(obs, fast_obs) or reward != fast_reward or done != fast_done:
+            return False
     return True
 
 
@@ -1458,7 +1462,7 @@ def policy_dict(agent: Agent, args: Args, task: Task) -> dict[str, Any]:
 
 
 def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Replaces `path` by `data` so that a crash leaves the old file or the new one whole; `keep` becomes the old one."""
+    """Replaces `path` by `data`; a crash leaves the old file or the new one whole. `keep` becomes the old one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -1690,7 +1694,8 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
 
 def describe(result: dict[str, float]) -> str:
     solved = "" if result["frac_solved"] is None else f", {result['frac_solved']:.0%} solved"
-    return f"{result['mean']:.1f} +- {result['std']:.1f} (min {result['min']:.1f}{solved}, {result['episodes']} episodes)"
+    numbers = f"{result['mean']:.1f} +- {result['std']:.1f} (min {result['min']:.1f}"
+    return f"{numbers}{solved}, {result['episodes']} episodes)"
 
 
 def record_video(task: Task, policy: Policy, folder: Path, seed: int) -> Path:
@@ -1787,7 +1792,7 @@ class Run:
         self.path = Path(args.runs_dir) / args.run_name
         self.stopped: int | None = None  # the signal that asked the run to end
         self.started = time.perf_counter()
-        self.wall_before, self.train_before, self.steps_before = state.wall_time_s, state.train_time_s, state.global_step
+        self.wall_before, self.steps_before = state.wall_time_s, state.global_step
         self.saved_at, self.save_cost = -math.inf, 0.0
         self.save_failing = False
 
@@ -2064,8 +2069,8 @@ def plot_learning_curve(path: Path, goal: float | None) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHANGEABLE = {  # on --resume; whatever else changed would make it another run
-    "total_timesteps", "num_workers", "worker_timeout", "fast_walker", "track", "capture_video", "eval_episodes", "cuda",
-    "resume", "runs_dir", "run_name",
+    "total_timesteps", "num_workers", "worker_timeout", "fast_walker", "track", "capture_video", "eval_episodes",
+    "cuda", "resume", "runs_dir", "run_name",
 }  # fmt: skip
 
 
@@ -2149,7 +2154,7 @@ def prepare_folder(args: Args) -> Args:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
-            raise UserError(f"{path} already holds a run; continue it with --resume {path}, or choose another --run-name")
+            raise UserError(f"{path} already holds a run; --resume {path} continues it")
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:
@@ -2171,12 +2176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = prepare_folder(args)
         run = train(args, checkpoint)
         return 128 + run.stopped if run.stopped else 0
-    except UserError as error:
+    except (UserError, TrainingError) as error:
         print(f"ppo_vec.py: error: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"ppo_vec.py: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:  # before the run has taken the signal over
+        return 130
 
 
 if __name__ == "__main__":

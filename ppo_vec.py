@@ -237,7 +237,7 @@ OBS_CLIP = 10.0
 
 
 class Normalizer(nn.Module):
-    """Running mean and variance of observations, as buffers: a checkpoint cannot lose them (CleanRL #425).
+    """Running mean and variance, as buffers of the agent: a checkpoint cannot lose them (CleanRL #425).
 
     Frozen through a rollout and its update; `update` merges the rollout's statistics once an iteration.
     """
@@ -495,11 +495,12 @@ def update(
     shapes never change; the mask keeps those rows out of every mean, and zeros in them keep it finite.
     Raises TrainingError for a loss or gradient that is not finite.
     """
+    rewards = torch.where(rollout.valid, rollout.rewards, 0.0)
     flags = rollout.terminated, rollout.truncated
-    advantages = gae(rollout.rewards, rollout.values, *flags, args.gamma, args.gae_lambda)
+    advantages = gae(rewards, rollout.values, *flags, args.gamma, args.gae_lambda)
     targets = advantages
     if args.value_lambda is not None:
-        targets = gae(rollout.rewards, rollout.values, *flags, args.gamma, args.value_lambda)
+        targets = gae(rewards, rollout.values, *flags, args.gamma, args.value_lambda)
     returns = targets + rollout.values[:-1]
 
     b_obs = agent.normalizer(rollout.obs[:-1]).flatten(0, 1)
@@ -580,25 +581,18 @@ class RewardScaler:
     def __init__(self, num_envs: int, gamma: float) -> None:
         self.gamma = gamma
         self.returns = np.zeros(num_envs)  # the discounted return so far, per environment
-        self.count, self.mean, self.var = 0.0, 0.0, 1.0
+        self.moments = Normalizer(1)
 
     def update(self, rewards: np.ndarray, valid: np.ndarray) -> None:
         """Merges a rollout's discounted returns. rewards, valid: (T, N); rows that are not valid start an episode."""
         returns = np.empty(rewards.shape)
         for t in range(len(rewards)):
-            self.returns = (self.gamma * self.returns + rewards[t]) * valid[t]
-            returns[t] = self.returns
-        rows = returns[valid]
-        if rows.size:
-            delta, total = rows.mean() - self.mean, self.count + rows.size
-            between = delta**2 * self.count * rows.size / total
-            self.var = float((self.var * self.count + rows.var() * rows.size + between) / total)
-            self.mean = float(self.mean + delta * rows.size / total)
-            self.count = float(total)
+            self.returns = returns[t] = np.where(valid[t], self.gamma * self.returns + rewards[t], 0.0)
+        self.moments.update(torch.from_numpy(returns).view(-1, 1), torch.from_numpy(valid).view(-1))
 
     def scale(self, rewards: np.ndarray, floor: float) -> np.ndarray:
         """Raw rewards -> scaled float32 ones, clipped to [floor, 10]."""
-        return np.clip(rewards / math.sqrt(self.var + 1e-8), floor, 10.0).astype(np.float32)
+        return np.clip(rewards / math.sqrt(float(self.moments.var) + 1e-8), floor, 10.0).astype(np.float32)
 
 
 def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Episode]:
@@ -1423,7 +1417,7 @@ class State:
         return {
             **policy_dict(self.agent, self.args, self.task),
             "optimizer": self.optimizer.state_dict(),
-            "reward_scaler": [scaler.count, scaler.mean, scaler.var, torch.from_numpy(scaler.returns)],
+            "reward_scaler": {**scaler.moments.state_dict(), "returns": torch.from_numpy(scaler.returns)},
             "noise_rng": self.noise_rng.bit_generator.state,
             "shuffle_rng": self.shuffle_rng.get_state(),
             "envs": self.envs.state_dict(),
@@ -1436,9 +1430,9 @@ class State:
         try:
             self.agent.load_state_dict(saved["agent"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            scaler = self.reward_scaler
-            scaler.count, scaler.mean, scaler.var, returns = saved["reward_scaler"]
-            scaler.returns[...] = returns.numpy()
+            moments = dict(saved["reward_scaler"])
+            self.reward_scaler.returns[...] = moments.pop("returns").numpy()
+            self.reward_scaler.moments.load_state_dict(moments)
             self.noise_rng.bit_generator.state = saved["noise_rng"]
             self.shuffle_rng.set_state(saved["shuffle_rng"])
             self.envs.load_state_dict(saved["envs"])

@@ -1,0 +1,652 @@
+"""The fault suite, long form: kills, hangs and broken checkpoints by the hundred; every run must end as if undisturbed.
+
+    python benchmarks/faults.py                            # all of it, about 20 minutes on 2 quiet cores
+    python benchmarks/faults.py --only kill-worker --count 10
+
+Writes benchmarks/results/faults.md and faults.json (a partial run prints only, unless --out names a folder).
+tests/test_faults.py is the fast form and takes its tools from here: Trainer (a run in a process of its own),
+fingerprint and differences (bit-equality of two runs), Tiny (environments that go wrong), Fuzz (broken checkpoints).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+
+import gymnasium as gym  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import ppo_vec  # noqa: E402
+
+SMALL = (
+    "--num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 2 --total-timesteps 4000 --eval-episodes 4 "
+    "--num-workers 2"
+).split()  # fmt: skip
+EAGER = "ppo_vec.Run.save_now_and_then = ppo_vec.Run.save"  # a patch: a checkpoint after every iteration
+MARK = "PPO_VEC_FAULTS"  # an environment variable that tells the processes of one run from all others
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run in a process of its own
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def command(*args: str, patch: str = "") -> list[str]:
+    """The command line of a training; with `patch`, Python code that is run between the import and main()."""
+    if not patch:
+        return [sys.executable, str(ROOT / "ppo_vec.py"), *args]
+    paths = [str(ROOT), str(Path(__file__).parent)]
+    code = f"import sys; sys.path[:0] = {paths}\nimport ppo_vec, faults\n{patch}\nsys.exit(ppo_vec.main())"
+    return [sys.executable, "-c", code, *args]
+
+
+def resume_args(run: Path | str, *args: str) -> list[str]:
+    return ["--resume", str(run), *args]
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+    seconds: float  # since the start, or since the last signal sent
+    orphans: int  # processes of the run that lived on
+    leaked: list[str]  # files in shared memory or the temporary folder
+
+    def check(self, code: int = 0) -> Result:
+        """Raises AssertionError unless the run ended with `code`, without a traceback or anything left behind."""
+        assert self.code == code, f"exit code {self.code}, not {code}:\n{self.err}"
+        assert "Traceback" not in self.err, self.err
+        assert self.orphans == 0, f"{self.orphans} processes lived on"
+        assert not self.leaked, f"left behind: {self.leaked}"
+        return self
+
+
+class Trainer:
+    """A training in a process of its own. Every process it starts carries a mark, so that orphans can be found."""
+
+    def __init__(self, *args: str, patch: str = "", env: dict[str, str] | None = None, **popen: Any) -> None:
+        self.mark = uuid.uuid4().hex
+        self.temporary = Path(tempfile.mkdtemp(prefix="faults-"))
+        (self.temporary / "tmp").mkdir()
+        self.shared = set(os.listdir("/dev/shm"))
+        variables = {**os.environ, **(env or {}), MARK: self.mark, "TMPDIR": str(self.temporary / "tmp")}
+        self.out, self.err = (open(self.temporary / name, "w+") for name in ("out", "err"))
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            command(*args, patch=patch), stdout=self.out, stderr=self.err, stdin=subprocess.DEVNULL, env=variables, **popen
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def stderr(self) -> str:
+        return (self.temporary / "err").read_text()
+
+    def wait_for(self, condition: Callable[[], Any], limit: float = 90) -> bool:
+        """Waits until `condition` holds; False if the run ended before it did."""
+        end = time.monotonic() + limit
+        while not condition():
+            if not self.running:
+                return bool(condition())
+            if time.monotonic() > end:
+                self.abandon()
+                raise AssertionError(f"waited more than {limit:g} s:\n{self.stderr()}")
+            time.sleep(0.002)
+        return True
+
+    def wait_checkpoint(self, run: Path) -> bool:
+        return self.wait_for((run / "checkpoint.pt").exists)
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers: children that were forked and have run no other program."""
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+            mine = Path(f"/proc/{self.pid}/cmdline").read_bytes()
+            return [int(pid) for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes() == mine]
+        except OSError:
+            return []
+
+    def zombies(self) -> list[int]:
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+            return [int(pid) for pid in children if state_of(int(pid)) == "Z"]
+        return []
+
+    def signal_worker(self, number: int, rng: random.Random) -> bool:
+        """Sends a signal to one of the workers; False if there is none."""
+        workers = self.workers()
+        if workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(workers), number)
+                return True
+        return False
+
+    def send(self, number: int) -> None:
+        self.started = time.monotonic()
+        self.process.send_signal(number)
+
+    def marked(self) -> list[int]:
+        """The processes of this run that are alive."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"{MARK}={self.mark}".encode() in (path / "environ").read_bytes():
+                    found.append(int(path.name))
+        return [pid for pid in found if state_of(pid) not in "ZX"]
+
+    def abandon(self) -> None:
+        for pid in self.marked():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def finish(self, limit: float = 120) -> Result:
+        """Waits for the end; a run that does not end is a hang. Looks for what it left behind."""
+        try:
+            code = self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            err = self.stderr()
+            self.abandon()
+            raise AssertionError(f"hangs: no end within {limit:g} s:\n{err}") from None
+        seconds = time.monotonic() - self.started
+        end = time.monotonic() + 3  # workers notice within a second that their trainer is gone
+        while (alive := self.marked()) and time.monotonic() < end:
+            time.sleep(0.02)
+        leaked = self.leaked()
+        while leaked and time.monotonic() < end:  # names of other processes come and go
+            time.sleep(0.05)
+            leaked = self.leaked()
+        self.abandon()
+        self.out.close(), self.err.close()
+        out, err = ((self.temporary / name).read_text() for name in ("out", "err"))
+        shutil.rmtree(self.temporary)
+        return Result(code, out, err, seconds, len(alive), leaked)
+
+    def leaked(self) -> list[str]:
+        return [*(set(os.listdir("/dev/shm")) - self.shared), *os.listdir(self.temporary / "tmp")]
+
+
+def state_of(pid: int) -> str:
+    """The letter of a process's state; X for one that does not exist."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "X"
+
+
+def start(run: Path, *args: str, **options: Any) -> Trainer:
+    return Trainer(*SMALL, "--runs-dir", str(run.parent), "--run-name", run.name, *args, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bit-equality of two runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+TIMES = {"time_s", "wall_time_s", "train_time_s", "solved_at_s", "sps", "log_sizes"}
+FREE = {"run_name", "runs_dir", "num_workers", "worker_timeout", "resume", "worker_restarts"}  # change no result
+
+
+def fingerprint(run: Path) -> dict[str, Any]:
+    """Everything of a run that a fault must not change. Raises AssertionError if a step was logged twice."""
+    tree = ppo_vec.decode((run / "checkpoint.pt").read_bytes())
+    best = run / "best.pt"
+    summary = run / "summary.json"
+    rows = [line.split(",") for line in (run / "episodes.csv").read_text().splitlines()]
+    assert rows[0] == ["global_step", "time_s", "return", "length", "env"], rows[0]
+    episodes = [(int(step), ret, int(length), int(env)) for step, _, ret, length, env in rows[1:]]
+    assert len({(step, env) for step, *_, env in episodes}) == len(episodes), "an episode was written twice"
+    assert episodes == sorted(episodes, key=lambda e: e[0]), "episodes.csv goes back in steps"
+    return {
+        "checkpoint": tree,
+        "best": ppo_vec.decode(best.read_bytes()) if best.exists() else None,
+        "summary": json.loads(summary.read_text()) if summary.exists() else None,
+        "episodes": episodes,
+        "scalars": {tag: v for tag, v in scalars(run).items() if not tag.startswith(("time/", "charts/SPS"))},
+    }
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} of the run's one event file, through TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = list(run.glob("events.out.tfevents.*"))
+    assert len(files) == 1, files
+    events = EventAccumulator(str(files[0]), size_guidance={"scalars": 0})
+    events.Reload()
+    result = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag, points in result.items():
+        steps = [step for step, _ in points]
+        strictly = tag not in ("charts/episodic_return", "charts/episodic_length")  # two may end in the same step
+        assert all(a < b or (a == b and not strictly) for a, b in zip(steps, steps[1:])), f"{tag}: a step comes twice"
+    return result
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """The places where two trees of plain types and tensors are not the same to the bit; times are left out."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [k for k in {**a, **b} if k not in TIMES | FREE]
+        missing = [f"{where}/{k} is in one only" for k in keys if (k in a) != (k in b)]
+        return missing + [d for k in keys if k in a and k in b for d in differences(a[k], b[k], f"{where}/{k}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{where}: {len(a)} and {len(b)} entries"]
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{where}/{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        return [] if same else [f"{where}: tensors differ"]
+    same = type(a) is type(b) and (a == b or (a != a and b != b))
+    return [] if same else [f"{where}: {a!r} and {b!r}"]
+
+
+def assert_same(run: Path, reference: dict[str, Any]) -> None:
+    found = differences(fingerprint(run), reference)
+    assert not found, f"{run.name} is not the undisturbed run: {'; '.join(found[:5])}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Environments that go wrong
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Tiny(gym.Env):
+    """Twelve numbers of arithmetic a step, episodes of 20 steps; `fault` says what goes wrong.
+
+    Training episodes have reset seeds of ppo_vec.TRAINING_SEEDS and above; faults happen in those, at step 9 of an
+    episode, unless they say otherwise.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}
+
+    def __init__(self, fault: str = "", render_mode: str | None = None) -> None:
+        self.fault, self.render_mode = fault, render_mode
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+        bound = np.inf if fault == "unbounded" else 2.0
+        self.action_space = gym.spaces.Box(-bound, bound, (1,), np.float32)
+        self.total = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        if self.fault == "slow-reset":
+            time.sleep(0.4)
+        self.training = (seed or 0) >= ppo_vec.TRAINING_SEEDS
+        self.elapsed = 0
+        source = np.random.default_rng() if self.fault == "unrepeatable" else self.np_random
+        self.state = source.uniform(-1, 1, 3)
+        return self.state.astype(np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.elapsed += 1
+        self.total += 1
+        self.state = 0.9 * self.state + 0.1 * np.roll(self.state, 1) * np.cos(float(action[0]))
+        obs, reward = self.state.astype(np.float32), float(1 - np.abs(self.state).sum())
+        now = self.training and self.total >= 70 and self.elapsed == 9
+        if self.fault == "nan-obs" and now:
+            obs[1] = np.nan
+        if self.fault == "nan-reward" and now:
+            reward = math.nan
+        if self.fault == "inf-reward" and now:
+            reward = math.inf
+        if self.fault == "nan-in-evaluation" and not self.training:
+            reward = math.nan
+        if self.fault == "raise" and now:
+            raise ArithmeticError("the spring broke")
+        if self.fault == "exit" and now:
+            os._exit(7)
+        return obs, reward, False, False, {}
+
+
+FAULTS = (
+    "", "nan-obs", "nan-reward", "inf-reward", "nan-in-evaluation", "raise", "exit", "unrepeatable", "unbounded",
+    "slow-reset",
+)  # fmt: skip
+
+
+def tiny_id(fault: str = "") -> str:
+    return f"Tiny{fault.title().replace('-', '')}-v0"
+
+
+for _fault in FAULTS:
+    if tiny_id(_fault) not in gym.registry:
+        gym.register(tiny_id(_fault), entry_point=Tiny, max_episode_steps=20, kwargs={"fault": _fault})
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reference:
+    """An undisturbed run, and how long it took from its first checkpoint to its end."""
+
+    run: Path
+    span: float
+    state: dict[str, Any]
+
+    @classmethod
+    def make(cls, run: Path, *args: str, patch: str = "", jobs: int = 1) -> Reference:
+        """Runs it `jobs` times at once, for a span that is true of cases run side by side."""
+        runs = [run.with_name(f"{run.name}-{i}") for i in range(jobs)]
+        trainers = [start(r, *args, patch=patch) for r in runs]
+        for r, trainer in zip(runs, trainers):
+            trainer.wait_checkpoint(r)
+        begun = time.monotonic()
+        for trainer in trainers:
+            trainer.finish().check()
+        span = time.monotonic() - begun
+        state = fingerprint(runs[0])
+        for r in runs[1:]:
+            assert_same(r, state)
+        return cls(runs[0], span, state)
+
+
+def kill_trainer(reference: Reference, run: Path, rng: random.Random, args: tuple[str, ...] = (), patch: str = "") -> str:
+    """`kill -9` of the trainer at one to three random moments, --resume after each; ends bit-equal or raises.
+
+    Returns a note of when it was killed.
+    """
+    moments = []
+    trainer = start(run, *args, patch=patch)
+    for _ in range(rng.randint(1, 3)):
+        trainer.wait_checkpoint(run)
+        moment = rng.uniform(0, reference.span)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            trainer.process.wait(moment)
+        if not trainer.running:
+            break
+        trainer.send(signal.SIGKILL)
+        result = trainer.finish()
+        assert result.code == -signal.SIGKILL and not result.orphans and not result.leaked, result
+        moments.append(f"{moment:.2f}")
+        trainer = Trainer(*resume_args(run), patch=patch)
+        if len(moments) < 3:  # time for the import, so that the next moment falls into the training too
+            trainer.wait_for(functools.partial(newer, run / "args.json", time.time()))
+    trainer.finish().check()
+    assert_same(run, reference.state)
+    return "killed at " + ", ".join(moments) if moments else ""
+
+
+def newer(path: Path, than: float) -> bool:
+    try:
+        return path.stat().st_mtime > than
+    except OSError:
+        return False
+
+
+def disturb_worker(
+    number: int, reference: Reference, run: Path, rng: random.Random, args: tuple[str, ...] = (), patch: str = ""
+) -> str:  # fmt: skip
+    """SIGKILL or SIGSTOP of a worker at a random moment; the run ends bit-equal, or this raises."""
+    trainer = start(run, *args, patch=patch)
+    trainer.wait_checkpoint(run)
+    moment = rng.uniform(0, 0.9 * reference.span)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        trainer.process.wait(moment)
+    hit = trainer.wait_for(lambda: trainer.signal_worker(number, rng))
+    trainer.finish().check()
+    assert_same(run, reference.state)
+    restarts = json.loads((run / "summary.json").read_text())["worker_restarts"]
+    return f"at {moment:.2f}, {restarts} restarts" if hit else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Broken checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Pickles into a call that creates the file `sentinel`."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.sentinel}",)
+
+
+def sign(body: bytes) -> bytes:
+    """A valid digest, as someone who has read ppo_vec.py can make it."""
+    return body + ppo_vec.MAGIC + ppo_vec.hashlib.sha256(body).digest()
+
+
+def torch_bytes(tree: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tree, buffer, **options)
+    return buffer.getvalue()
+
+
+JUNK: tuple[Any, ...] = (
+    None, -1, 0, 2**70, math.nan, "x", "a\nb", [], [1, "x"], {}, {"x": 1}, True, torch.zeros(2), torch.tensor(math.nan),
+)  # fmt: skip
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a tree of dicts and lists."""
+    if path:
+        yield path
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of `tree` with another value at `path` (without that key, if the value is `...`)."""
+    if not path:
+        return value
+    key, *rest = path
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    if not rest and value is ...:
+        del copy[key]
+    else:
+        copy[key] = replaced(tree[key], tuple(rest), value)
+    return copy
+
+
+@dataclass
+class Fuzz:
+    """Broken checkpoints of one unfinished run of a tiny environment, and what must come of them."""
+
+    folder: Path
+    rng: random.Random
+    good: bytes = b""
+    previous: bytes = b""
+    tried: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    outcomes: dict[str, int] = field(default_factory=dict)
+
+    ARGS = (
+        "--env-id", tiny_id(), "--num-envs", "2", "--num-workers", "1", "--num-steps", "16", "--num-minibatches", "2",
+        "--update-epochs", "1", "--total-timesteps", "100", "--eval-episodes", "1",
+        "--actor-hidden-sizes", "4", "--critic-hidden-sizes", "4",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Trains the run whose checkpoints are broken, up to its next to last iteration."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.sentinel = self.folder / "executed"
+        kept: list[bytes] = []
+        real = ppo_vec.Run.save
+
+        def save(run: ppo_vec.Run, state: ppo_vec.State) -> None:
+            real(run, state)
+            kept.append((run.path / "checkpoint.pt").read_bytes())
+
+        with quiet(), replaced_attribute(ppo_vec.Run, "save", save), replaced_attribute(
+            ppo_vec.Run, "save_now_and_then", save
+        ):
+            code = ppo_vec.main([*self.ARGS, "--runs-dir", str(self.folder), "--run-name", "whole"])
+        assert code == 0
+        unfinished = [data for data in kept if ppo_vec.decode(data)["global_step"] < 100]
+        self.previous, self.good = unfinished[-2:]
+        self.tree = ppo_vec.decode(self.good)
+        self.places = list(places(self.tree))
+        (self.folder / "evil_module.py").write_text(f"open({str(self.sentinel)!r}, 'w')\n")
+        self.kinds: dict[str, Callable[[], bytes]] = {
+            "truncated": lambda: self.good[: self.rng.randrange(len(self.good))],
+            "flipped bits": lambda: self.flip(self.good),
+            "overwritten block": self.overwrite,
+            "foreign": self.foreign,
+            "malicious": self.malicious,
+            "module:id": self.module_id,
+            "signed, flipped bits": lambda: sign(self.flip(self.good[:-40])),
+            "signed, a value missing": lambda: ppo_vec.encode(replaced(self.tree, self.rng.choice(self.places), ...)),
+            "signed, a value replaced": self.junk,
+        }
+
+    def flip(self, data: bytes) -> bytes:
+        broken = bytearray(data)
+        for _ in range(self.rng.choice((1, 1, 2, 8, 64))):
+            broken[self.rng.randrange(len(broken))] ^= 1 << self.rng.randrange(8)
+        return bytes(broken)
+
+    def overwrite(self) -> bytes:
+        start, length = self.rng.randrange(len(self.good)), self.rng.randrange(1, 4096)
+        block = self.rng.choice((bytes(length), self.rng.randbytes(length)))
+        return self.good[:start] + block + self.good[start + length :]
+
+    def foreign(self) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros(3))
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("policy.pth", b"x")
+        return self.rng.choice((
+            b"", b"\0" * 4096, self.rng.randbytes(self.rng.randrange(1, 9999)), b"hello, world\n", b'{"a": 1}',
+            buffer.getvalue(), archive.getvalue(), pickle.dumps({"format": ppo_vec.FORMAT}),
+            torch_bytes({"model": torch.zeros(3)}), torch_bytes(torch.nn.Linear(2, 2)), torch_bytes(self.tree),
+            sign(b""), sign(b"junk"), ppo_vec.encode({}), ppo_vec.encode({"format": "ppo_vec 999"}),
+            ppo_vec.encode({"format": ppo_vec.FORMAT}), ppo_vec.encode([1]), ppo_vec.encode(torch.zeros(3)),
+            ppo_vec.MAGIC, self.good[-40:], self.good + b"\0", self.good + self.good[-40:],
+        ))  # fmt: skip
+
+    def malicious(self) -> bytes:
+        bomb = Bomb(self.sentinel)
+        place = self.rng.choice(self.places)
+        return self.rng.choice((
+            lambda: pickle.dumps(bomb), lambda: sign(pickle.dumps(bomb)), lambda: sign(pickle.dumps(bomb, 0)),
+            lambda: torch_bytes(bomb), lambda: sign(torch_bytes(bomb)),
+            lambda: sign(torch_bytes(replaced(self.tree, place, bomb))),
+            lambda: sign(torch_bytes(replaced(self.tree, place, bomb), _use_new_zipfile_serialization=False)),
+            lambda: sign(torch_bytes({**self.tree, "format": bomb})),
+        ))()  # fmt: skip
+
+    def module_id(self) -> bytes:
+        env_id = self.rng.choice((f"evil_module:{tiny_id()}", "evil_module:X-v0", ":x", "a:b:c"))
+        return ppo_vec.encode(replaced(self.tree, ("args", "env_id"), env_id))
+
+    def junk(self) -> bytes:
+        return ppo_vec.encode(replaced(self.tree, self.rng.choice(self.places), self.rng.choice(JUNK)))
+
+    def run(self, count: int) -> None:
+        """Tries `count` broken checkpoints, each kind as often; fills tried, outcomes and problems."""
+        for i in range(count):
+            kind = list(self.kinds)[i % len(self.kinds)]
+            state = self.rng.getstate()
+            try:
+                self.try_one(kind, self.kinds[kind]())
+            except Exception:
+                self.problems.append(f"{kind}, case {i}: {traceback.format_exc()}")
+            self.tried[kind] = self.tried.get(kind, 0) + 1
+            assert state != self.rng.getstate()
+
+    def try_one(self, kind: str, data: bytes) -> None:
+        """Resumes, evaluates and loads; raises if code was executed, or for anything but an answer or one clear line."""
+        mode = self.rng.choice(("resume", "evaluate", "load", "previous", "previous"))
+        run = self.folder / "broken"
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
+        (run / "checkpoint.pt").write_bytes(data)
+        if mode == "previous":
+            (run / "checkpoint.previous.pt").write_bytes(self.previous)
+        damaged = not kind.startswith("signed") and data != self.good
+        where = f"{kind}, {mode}"
+        err, out = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out), self.imports():
+            if mode == "load":
+                try:
+                    action = ppo_vec.load_policy(run)(np.zeros(3, np.float32))
+                    code = 0
+                    assert action.shape == (1,) or not damaged
+                except ppo_vec.UserError as error:
+                    print(f"ppo_vec.py: error: {error}", file=sys.stderr)
+                    code = 2
+            elif mode == "evaluate":
+                code = ppo_vec.main(["--evaluate", str(run)])
+            else:
+                code = ppo_vec.main(["--resume", str(run)])
+        self.outcomes[f"{mode}: exit {code}"] = self.outcomes.get(f"{mode}: exit {code}", 0) + 1
+        message = err.getvalue()
+        assert not self.sentinel.exists(), f"{where}: code was executed"
+        assert "Traceback" not in message, f"{where}: {message}"
+        last = message.splitlines()[-1] if message else ""
+        if mode == "previous" and damaged and kind != "module:id" and "holds no policy" not in message:
+            # A file that decodes but is not a run's (signed by hand) is refused; a damaged one has a predecessor.
+            assert code == 0 or is_signed(data), f"{where}: the previous checkpoint was not used: {message}"
+        elif damaged:
+            assert code == 2, f"{where}: accepted, exit code {code}"
+        assert code in (0, 1, 2), f"{where}: exit code {code}"
+        if code:
+            assert last.startswith("ppo_vec.py: error: "), f"{where}: {message}"
+        if code == 2:
+            assert len(message.splitlines()) == 1, f"{where}: {message}"
+
+    @contextlib.contextmanager
+    def imports(self) -> Iterator[None]:
+        """The folder of the evil module on the path; no plots, which would take most of the time."""
+        sys.path.insert(0, str(self.folder))
+        try:
+            with replaced_attribute(ppo_vec.Run, "write_curve", lambda run: None):
+                yield
+        finally:
+            sys.path.remove(str(self.folder))
+            sys.modules.pop("evil_module", None)
+
+
+def is_signed(data: bytes) -> bool:
+    return data[:-40] + data[-40:-32] == data[:-32] and sign(data[:-40]) == data
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)

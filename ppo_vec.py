@@ -1648,10 +1648,8 @@ def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
 
     def more(count: int) -> list[tuple[float, int]]:
         first = SELECTION_SEEDS + state.selection_episodes
-        episodes = envs.evaluate(policy, list(range(first, first + count)), as_published=False)
         state.selection_episodes += count
-        state.selection_steps += sum(length for _, length in episodes)
-        return episodes
+        return envs.evaluate(policy, list(range(first, first + count)), as_published=False)
 
     def mean(episodes: list[tuple[float, int]]) -> float:
         return sum(ret for ret, _ in episodes) / len(episodes)
@@ -1660,6 +1658,7 @@ def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     episodes = more(EVALUATION_EPISODES)
     if mean(episodes) > best > -math.inf:
         episodes += more(CANDIDATE_EPISODES)
+    state.selection_steps += sum(length for _, length in episodes)
     if goal is not None and state.solved_at_step is None and mean(episodes) >= goal:
         confirmation = more(CONFIRMATION_EPISODES)
         if mean(confirmation) >= goal:

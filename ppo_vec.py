@@ -99,15 +99,17 @@ class Args:
     """environment steps to train for; training ends with the first rollout that reaches it"""
     num_steps: int = 256
     """steps each environment takes per rollout"""
-    learning_rate: float = 7e-4
+    learning_rate: float = 5e-4
     """the learning rate of the optimizer (with --critic-learning-rate: of the actor)"""
     critic_learning_rate: float | None = None
     """the critic's own learning rate; default --learning-rate"""
     anneal_lr: bool = True
     """let the learning rates fall linearly to zero over --total-timesteps"""
-    gamma: float = 0.98
+    gamma: float = 0.99
     """the discount factor"""
-    gae_lambda: float = 0.85
+    final_gamma: float | None = None
+    """let 1 - gamma change in equal ratios to this by the end of training; default: constant"""
+    gae_lambda: float = 0.95
     """the lambda of generalized advantage estimation"""
     value_lambda: float | None = None
     """the lambda of the value target; default --gae-lambda; 1 regresses on Monte Carlo returns"""
@@ -129,8 +131,8 @@ class Args:
     """the largest gradient norm, of actor and critic each"""
     target_kl: float | None = None
     """end an update before the minibatch whose approximate KL divergence passes this"""
-    reward_floor: float = -1.0
-    """lower bound of the normalised reward at the start, which softens the -100 of a fall; deepens to -10 by the end"""
+    reward_floor: float = -10.0
+    """lower bound of the normalised reward at the start; -1 softens a fall's -100. Deepens to -10 by the end"""
     compile: bool = False
     """torch.compile the loss (needs a C++ compiler; pays on long runs)"""
 
@@ -177,7 +179,7 @@ class Args:
                 check(value is None or value >= 1, f"{flag} must be at least 1, not {value}")
             if f.name in POSITIVE:
                 check(value is None or value > 0, f"{flag} must be greater than 0, not {value}")
-            if f.name in ("gamma", "gae_lambda", "value_lambda"):
+            if f.name in ("gamma", "final_gamma", "gae_lambda", "value_lambda"):
                 check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
             if f.name in ("ent_coef", "vf_coef", "seed"):
                 check(value >= 0, f"{flag} must not be negative, not {value}")
@@ -209,8 +211,10 @@ POSITIVE = ("learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm
 
 # What beats the defaults above, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
-    "BipedalWalker-v3": {},
-}
+    "BipedalWalker-v3": {
+        "learning_rate": 7e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.85, "reward_floor": -1.0,
+    },
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -516,6 +520,8 @@ def update(
     b_columns = torch.stack((rollout.logprobs, advantages, returns, rollout.values[:-1], rollout.valid.float()))
     b_columns = torch.where(rollout.valid, b_columns, 0.0).flatten(1)
     nets = agent.actor, agent.critic
+    for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate)):
+        group["lr"] = args.learning_rate if rate is None else rate
     size = args.minibatch_size
     metrics: list[Tensor] = []
     for _ in range(args.update_epochs):
@@ -555,27 +561,39 @@ def update(
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
-    """Adam with two groups, actor and critic: each clipped on its own, each with its own rate if asked for.
+    """Adam with two groups, actor and critic: each clipped on its own, each with its own learning rate.
 
     Each network's parameters become views of one flat tensor, which is what Adam steps: on networks this small most
     of an optimizer's time is the handling of many little tensors. Call it after the agent has moved to its device.
     """
-    rates = args.learning_rate, args.critic_learning_rate or args.learning_rate
     groups = []
-    for net, rate in zip((agent.actor, agent.critic), rates):
+    for net in (agent.actor, agent.critic):
         flat = nn.Parameter(nn.utils.parameters_to_vector(net.parameters()).detach())
         nn.utils.vector_to_parameters(flat.data, net.parameters())  # sets each p.data to its view
-        groups.append({"params": [flat], "lr": rate})
-    return torch.optim.Adam(groups, eps=1e-5, fused=True)  # eps: 37 details, no. 3
+        groups.append({"params": [flat]})
+    return torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)  # eps: 37 details, no. 3
 
 
-def anneal(optimizer: torch.optim.Optimizer, args: Args, global_step: int) -> float:
-    """Sets the learning rates for the iteration that starts at `global_step`; returns the actor's."""
-    left = 1 - min(global_step / args.total_timesteps, 1) if args.anneal_lr else 1.0
-    rates = args.learning_rate, args.critic_learning_rate or args.learning_rate
-    for group, rate in zip(optimizer.param_groups, rates):
-        group["lr"] = left * rate
-    return left * args.learning_rate
+def scheduled(args: Args, global_step: int) -> Args:
+    """The arguments of the iteration that starts at `global_step`: learning rates, discount and reward floor change.
+
+    The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
+    nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at
+    its full price some seeds learn to stand still for good. The README has what each of them is worth.
+    """
+    progress = min(global_step / args.total_timesteps, 1)
+
+    def geometric(start: float, end: float) -> float:
+        return start ** (1 - progress) * end**progress
+
+    left = 1 - progress if args.anneal_lr else 1.0
+    return dataclasses.replace(
+        args,
+        learning_rate=left * args.learning_rate,
+        critic_learning_rate=left * (args.critic_learning_rate or args.learning_rate),
+        gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
+        reward_floor=-geometric(-args.reward_floor, REWARD_CLIP),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -589,31 +607,20 @@ REWARD_CLIP = 10.0
 class RewardScaler:
     """Divides rewards by the running deviation of the discounted return (37 details, no. 8)."""
 
-    def __init__(self, num_envs: int, gamma: float) -> None:
-        self.gamma = gamma
+    def __init__(self, num_envs: int) -> None:
         self.returns = np.zeros(num_envs)  # the discounted return so far, per environment
         self.moments = Normalizer(1)
 
-    def update(self, rewards: np.ndarray, valid: np.ndarray) -> None:
+    def update(self, rewards: np.ndarray, valid: np.ndarray, gamma: float) -> None:
         """Merges a rollout's discounted returns. rewards, valid: (T, N); rows that are not valid start an episode."""
         returns = np.empty(rewards.shape)
         for t in range(len(rewards)):
-            self.returns = returns[t] = np.where(valid[t], self.gamma * self.returns + rewards[t], 0.0)
+            self.returns = returns[t] = np.where(valid[t], gamma * self.returns + rewards[t], 0.0)
         self.moments.update(torch.from_numpy(returns).view(-1, 1), torch.from_numpy(valid).view(-1))
 
     def scale(self, rewards: np.ndarray, floor: float = -REWARD_CLIP) -> np.ndarray:
         """Raw rewards -> scaled float32 ones, clipped to [floor, 10]."""
         return np.clip(rewards / math.sqrt(float(self.moments.var) + 1e-8), floor, REWARD_CLIP).astype(np.float32)
-
-
-def reward_floor(args: Args, global_step: int) -> float:
-    """The floor of the normalised reward, from --reward-floor to -10 in equal ratios over the run.
-
-    With a fall at its full price from the start, some seeds learn to stand still for good; with a soft one to the end,
-    the policy goes on to fall in one episode of five. See the ablations in the README.
-    """
-    progress = min(global_step / args.total_timesteps, 1)
-    return -(abs(args.reward_floor) ** (1 - progress) * REWARD_CLIP**progress)
 
 
 def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Episode]:
@@ -626,17 +633,16 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     noise = state.noise_rng.standard_normal((args.num_steps, args.num_envs, envs.action_dim), dtype=np.float32)
     data = envs.rollout(state.agent.policy_arrays(), noise)
     valid, episodes = state.envs.advance(data, state.global_step)
-    floor = reward_floor(args, state.global_step)
     state.global_step += int(valid.sum())
     state.episode_count += len(episodes)
-    state.reward_scaler.update(data.rewards, valid)
+    state.reward_scaler.update(data.rewards, valid, args.gamma)
 
     def store(tensor: Tensor, array: np.ndarray) -> None:
         tensor.copy_(torch.from_numpy(array))
 
     store(rollout.obs, data.obs)
     store(rollout.actions, data.actions)
-    store(rollout.rewards, state.reward_scaler.scale(data.rewards, floor))
+    store(rollout.rewards, state.reward_scaler.scale(data.rewards, args.reward_floor))
     store(rollout.terminated, data.terminated)
     store(rollout.truncated, data.truncated)
     store(rollout.valid, valid)
@@ -667,16 +673,16 @@ def train(args: Args, checkpoint: dict[str, Any] | None = None) -> Run:
         run.save(state)
         while state.global_step < args.total_timesteps and not run.stopped:
             started = time.perf_counter()
-            learning_rate = anneal(state.optimizer, args, state.global_step)
-            episodes = collect(envs, state, rollout, args)
+            now = scheduled(args, state.global_step)
+            episodes = collect(envs, state, rollout, now)
             collected = time.perf_counter()
-            metrics = update(state.agent, state.optimizer, rollout, args, state.shuffle_rng, loss_fn)
+            metrics = update(state.agent, state.optimizer, rollout, now, state.shuffle_rng, loss_fn)
             state.agent.normalizer.update(rollout.obs[:-1].flatten(0, 1), rollout.valid.flatten())
             updated = time.perf_counter()
 
             state.iteration += 1
             state.train_time_s += updated - started
-            run.log(state, rollout, episodes, metrics, learning_rate, collected - started, updated - collected)
+            run.log(state, rollout, episodes, metrics, now, collected - started, updated - collected)
             if evaluation_due(state, args):
                 evaluate_progress(envs, state, run, args)
             run.save_now_and_then(state)
@@ -1410,7 +1416,7 @@ class State:
         self.args, self.task = args, task
         self.agent = task.agent(args).to(device)
         self.optimizer = make_optimizer(self.agent, args)
-        self.reward_scaler = RewardScaler(args.num_envs, args.gamma)
+        self.reward_scaler = RewardScaler(args.num_envs)
         self.noise_rng = np.random.Generator(np.random.PCG64(noise))
         self.shuffle_rng = torch.Generator().manual_seed(int(shuffle.generate_state(1)[0]))
         self.envs = EnvState(args.num_envs, task.obs_dim)
@@ -1949,7 +1955,7 @@ class Run:
             self.wandb.log(values, step=step)
 
     def log(
-        self, state: State, rollout: Rollout, episodes: list[Episode], metrics: dict[str, float], learning_rate: float,
+        self, state: State, rollout: Rollout, episodes: list[Episode], metrics: dict[str, float], now: Args,
         rollout_s: float, update_s: float,
     ) -> None:  # fmt: skip
         """One iteration: TensorBoard, episodes.csv, progress bar. Every tag is explained in the README."""
@@ -1963,7 +1969,7 @@ class Run:
             self.episodes.pending += line.encode()
             state.recent.append((episode.ret, episode.length))
         values = {
-            "charts/learning_rate": learning_rate,
+            "charts/learning_rate": now.learning_rate,
             "charts/SPS": valid / (rollout_s + update_s),
             "charts/SPS_rollout": valid / rollout_s,
             "charts/SPS_total": (state.global_step - self.steps_before) / (time.perf_counter() - self.started),

@@ -2195,6 +2195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if not checkpoint:
             args = prepare_folder(args)
+        tuned = (f"--{k.replace('_', '-')} {v}" for k, v in TUNED.get(args.env_id, {}).items() if getattr(args, k) == v)
+        say(
+            f"{args.env_id}, seed {args.seed}, in {Path(args.runs_dir) / args.run_name}; tuned: {' '.join(tuned) or '-'}"
+        )
         run = train(args, checkpoint)
         return 128 + run.stopped if run.stopped else 0
     except (UserError, TrainingError) as error:

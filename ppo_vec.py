@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -1429,7 +1430,7 @@ class State:
         self.evaluations: list[dict[str, float]] = []
         self.selection_episodes = 0  # evaluation episodes so far, each on a seed of its own
         self.selection_steps = 0
-        self.best: dict[str, Any] | None = None  # {"agent": weights, "evaluation": its row of `evaluations`}
+        self.candidates: list[dict[str, Any]] = []  # the best policies so far, {"agent": weights, "evaluation": row}
         self.solved_at_step: int | None = None
         self.solved_at_s: float | None = None
         self.finished = False
@@ -1437,7 +1438,7 @@ class State:
 
     PLAIN = (
         "iteration", "global_step", "episode_count", "train_time_s", "wall_time_s", "evaluations",
-        "selection_episodes", "selection_steps", "best", "solved_at_step", "solved_at_s", "finished", "log_sizes",
+        "selection_episodes", "selection_steps", "candidates", "solved_at_step", "solved_at_s", "finished", "log_sizes",
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -1598,8 +1599,9 @@ def restore_policy(tree: dict[str, Any]) -> Policy:
 
 EVALUATIONS = 20  # periodic evaluations a run, at most
 EVALUATION_EPISODES = 10
-CANDIDATE_EPISODES = 20  # more for one that looks like the best so far: ten episodes are a coin's throw apart
-CONFIRMATION_EPISODES = 100
+CANDIDATES = 3  # policies kept, and
+CANDIDATE_EPISODES = 20  # more episodes for one that looks like one of them: ten alone are a coin's throw apart
+CONFIRMATION_EPISODES = 100  # to call the task solved, and for the final choice
 EVALUATION_SHARE = 0.2  # of the steps trained; without an update a step costs half as much: a tenth of the time
 
 
@@ -1660,9 +1662,8 @@ def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     def mean(episodes: list[tuple[float, int]]) -> float:
         return sum(ret for ret, _ in episodes) / len(episodes)
 
-    best = state.best["evaluation"]["mean"] if state.best else -math.inf
     episodes = more(EVALUATION_EPISODES)
-    if mean(episodes) > best > -math.inf:
+    if len(state.candidates) < CANDIDATES or mean(episodes) > state.candidates[-1]["evaluation"]["mean"]:
         episodes += more(CANDIDATE_EPISODES)
     state.selection_steps += sum(length for _, length in episodes)
     if goal is not None and state.solved_at_step is None and mean(episodes) >= goal:
@@ -1672,16 +1673,22 @@ def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
         episodes += confirmation
     row = {"global_step": state.global_step, "time_s": run.wall_time(state), **summarize(episodes, goal)}
     state.evaluations.append(row)
-    if row["mean"] > best:
-        state.best = {"agent": {k: v.cpu().clone() for k, v in state.agent.state_dict().items()}, "evaluation": row}
-        run.save_best(state)
+    state.candidates.append({"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": row})
+    rank_candidates(state, run)
     run.log_evaluation(state, row)
     run.write_summary(state, envs, summarize_periodic(state))
 
 
+def rank_candidates(state: State, run: Run) -> None:
+    """Keeps the few best; best.pt is the first of them."""
+    state.candidates.sort(key=lambda candidate: -candidate["evaluation"]["mean"])
+    del state.candidates[CANDIDATES:]
+    run.save_best(state)
+
+
 def summarize_periodic(state: State) -> dict[str, Any]:
     """The evaluation fields of summary.json while a run is under way."""
-    best, last = state.best["evaluation"], state.evaluations[-1]
+    best, last = state.candidates[0]["evaluation"], state.evaluations[-1]
     return {
         **{f"eval_{k}": best[k] for k in ("episodes", "mean", "std", "min", "frac_solved")},
         **{f"last_eval_{k}": last[k] for k in ("mean", "std", "min")},
@@ -1689,28 +1696,48 @@ def summarize_periodic(state: State) -> dict[str, Any]:
 
 
 def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
-    """The end of a run: the test of the best and of the last policy, on the published environment and unseen seeds."""
-    if not state.evaluations or state.evaluations[-1]["global_step"] < state.global_step:
-        evaluate_progress(envs, state, run, args)
-        run.save(state)
-    seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
-    run.say(f"testing the delivered and the last policy on {len(seeds)} unseen episodes of the published environment")
+    """The end of a run: the choice of what it delivers, and the test of that and of the last weights.
+
+    A few periodic episodes cannot tell a policy that falls once in fifty from one that falls once in ten. So the
+    candidates and the last policy meet on the same fresh selection seeds; the winner is best.pt. The test, on other
+    seeds and the published environment, chooses nothing.
+    """
+    goal = state.task.goal
+    last = {"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": {"global_step": state.global_step}}
+    others = [c for c in state.candidates if c["evaluation"]["global_step"] != state.global_step]
     with torch.random.fork_rng(devices=[]):
-        best_agent = state.task.agent(args)
-    best_agent.load_state_dict(state.best["agent"])
-    last_episodes = envs.evaluate(state.agent.policy_arrays(), seeds, as_published=True)
-    best_is_last = state.best["evaluation"] == state.evaluations[-1]
-    episodes = last_episodes if best_is_last else envs.evaluate(best_agent.policy_arrays(), seeds, as_published=True)
-    best, last = summarize(episodes, state.task.goal), summarize(last_episodes, state.task.goal)
+        agent = state.task.agent(args)
+
+    def evaluate(candidate: dict[str, Any], first: int, count: int, as_published: bool) -> dict[str, float]:
+        agent.load_state_dict(candidate["agent"])
+        seeds = list(range(first, first + count))
+        return summarize(envs.evaluate(agent.policy_arrays(), seeds, as_published), goal)
+
+    first, state.candidates = SELECTION_SEEDS + state.selection_episodes, [last, *others]
+    state.selection_episodes += CONFIRMATION_EPISODES
+    for candidate in state.candidates:
+        step = candidate["evaluation"]["global_step"]
+        result = evaluate(candidate, first, CONFIRMATION_EPISODES, as_published=False)
+        candidate["evaluation"] = {"global_step": step, "time_s": run.wall_time(state), **result}
+        run.say(f"choosing: weights of step {step}: {describe(result)}")
+    state.evaluations.append(last["evaluation"])
+    run.log_evaluation(state, last["evaluation"])
+    if goal is not None and state.solved_at_step is None and last["evaluation"]["mean"] >= goal:
+        state.solved_at_step, state.solved_at_s = state.global_step, run.wall_time(state)
+    rank_candidates(state, run)
+
+    best = state.candidates[0]
+    last_test = evaluate(last, TEST_SEEDS, args.eval_episodes, as_published=True)
+    best_test = last_test if best is last else evaluate(best, TEST_SEEDS, args.eval_episodes, as_published=True)
+    run.say(f"test on unseen episodes of the published environment: last weights {describe(last_test)}")
+    run.say(f"delivered policy, of step {best['evaluation']['global_step']}: {describe(best_test)}")
     state.finished = True
-    fields = {f"eval_{k}": v for k, v in best.items()}
-    fields |= {f"last_eval_{k}": last[k] for k in ("mean", "std", "min")}
-    run.write_summary(state, envs, fields)
+    fields = {f"eval_{k}": v for k, v in best_test.items()}
+    run.write_summary(state, envs, fields | {f"last_eval_{k}": last_test[k] for k in ("mean", "std", "min")})
     run.save(state)
-    run.say(f"delivered policy: {describe(best)}; last weights: {describe(last)}")
     if args.capture_video:
-        path = record_video(state.task, state.task.policy(best_agent), run.path / "videos", TEST_SEEDS)
-        run.say(f"video: {path}")
+        agent.load_state_dict(best["agent"])
+        run.say(f"video: {record_video(state.task, state.task.policy(agent), run.path / 'videos', TEST_SEEDS)}")
 
 
 def describe(result: dict[str, float]) -> str:
@@ -1911,7 +1938,7 @@ class Run:
             self.save(state)
 
     def save_best(self, state: State) -> None:
-        tree = {**policy_dict(state.agent, self.args, self.task), **state.best, "global_step": state.global_step}
+        tree = {**policy_dict(state.agent, self.args, self.task), **state.candidates[0]}
         try:
             write_file(self.path / "best.pt", encode(tree))
         except OSError as error:
@@ -2196,9 +2223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not checkpoint:
             args = prepare_folder(args)
         tuned = (f"--{k.replace('_', '-')} {v}" for k, v in TUNED.get(args.env_id, {}).items() if getattr(args, k) == v)
-        say(
-            f"{args.env_id}, seed {args.seed}, in {Path(args.runs_dir) / args.run_name}; tuned: {' '.join(tuned) or '-'}"
-        )
+        path = Path(args.runs_dir) / args.run_name
+        say(f"{args.env_id}, seed {args.seed}, in {path}; tuned values: {' '.join(tuned) or 'none'}")
         run = train(args, checkpoint)
         return 128 + run.stopped if run.stopped else 0
     except (UserError, TrainingError) as error:

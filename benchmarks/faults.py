@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,21 +35,21 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+sys.path.append(str(ROOT))  # last: a changed copy of ppo_vec on PYTHONPATH can be put to the test
 
-import gymnasium as gym  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import gymnasium as gym
+import numpy as np
+import torch
 
-import ppo_vec  # noqa: E402
+import ppo_vec
 
 SMALL = (
-    "--num-envs 4 --num-steps 64 --num-minibatches 4 --update-epochs 2 --total-timesteps 4000 --eval-episodes 4 "
-    "--num-workers 2"
-).split()  # fmt: skip
+    "--num-envs", "4", "--num-workers", "2", "--num-steps", "64", "--num-minibatches", "4", "--update-epochs", "2",
+    "--total-timesteps", "4000", "--eval-episodes", "4",
+)  # fmt: skip
 EAGER = "ppo_vec.Run.save_now_and_then = ppo_vec.Run.save"  # a patch: a checkpoint after every iteration
 MARK = "PPO_VEC_FAULTS"  # an environment variable that tells the processes of one run from all others
 
@@ -60,8 +61,8 @@ MARK = "PPO_VEC_FAULTS"  # an environment variable that tells the processes of o
 def command(*args: str, patch: str = "") -> list[str]:
     """The command line of a training; with `patch`, Python code that is run between the import and main()."""
     if not patch:
-        return [sys.executable, str(ROOT / "ppo_vec.py"), *args]
-    paths = [str(ROOT), str(Path(__file__).parent)]
+        return [sys.executable, ppo_vec.__file__, *args]
+    paths = [str(Path(ppo_vec.__file__).parent), str(Path(__file__).parent)]
     code = f"import sys; sys.path[:0] = {paths}\nimport ppo_vec, faults\n{patch}\nsys.exit(ppo_vec.main())"
     return [sys.executable, "-c", code, *args]
 
@@ -97,10 +98,15 @@ class Trainer:
         (self.temporary / "tmp").mkdir()
         self.shared = set(os.listdir("/dev/shm"))
         variables = {**os.environ, **(env or {}), MARK: self.mark, "TMPDIR": str(self.temporary / "tmp")}
-        self.out, self.err = (open(self.temporary / name, "w+") for name in ("out", "err"))
+        self.out, self.err = (open(self.temporary / name, "w+") for name in ("out", "err"))  # noqa: SIM115
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            command(*args, patch=patch), stdout=self.out, stderr=self.err, stdin=subprocess.DEVNULL, env=variables, **popen
+            command(*args, patch=patch),
+            stdin=subprocess.DEVNULL,
+            stdout=self.out,
+            stderr=self.err,
+            env=variables,
+            **popen,
         )
 
     @property
@@ -195,7 +201,8 @@ class Trainer:
         return Result(code, out, err, seconds, len(alive), leaked)
 
     def leaked(self) -> list[str]:
-        return [*(set(os.listdir("/dev/shm")) - self.shared), *os.listdir(self.temporary / "tmp")]
+        files = [name for name in os.listdir(self.temporary / "tmp") if not name.startswith("torchinductor")]  # a cache
+        return [*(set(os.listdir("/dev/shm")) - self.shared), *files]
 
 
 def state_of(pid: int) -> str:
@@ -248,8 +255,9 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     result = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     for tag, points in result.items():
         steps = [step for step, _ in points]
-        strictly = tag not in ("charts/episodic_return", "charts/episodic_length")  # two may end in the same step
-        assert all(a < b or (a == b and not strictly) for a, b in zip(steps, steps[1:])), f"{tag}: a step comes twice"
+        episodic = tag in ("charts/episodic_return", "charts/episodic_length")  # two may end in the same step
+        in_order = all(a < b or (a == b and episodic) for a, b in itertools.pairwise(steps))
+        assert in_order, f"{tag}: a step comes twice"
     return result
 
 
@@ -287,7 +295,7 @@ class Tiny(gym.Env):
     episode, unless they say otherwise.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(self, fault: str = "", render_mode: str | None = None) -> None:
         self.fault, self.render_mode = fault, render_mode
@@ -373,13 +381,13 @@ class Reference:
         return cls(runs[0], span, state)
 
 
-def kill_trainer(reference: Reference, run: Path, rng: random.Random, args: tuple[str, ...] = (), patch: str = "") -> str:
+def kill_trainer(reference: Reference, run: Path, rng: random.Random, patch: str = "") -> str:
     """`kill -9` of the trainer at one to three random moments, --resume after each; ends bit-equal or raises.
 
     Returns a note of when it was killed.
     """
     moments = []
-    trainer = start(run, *args, patch=patch)
+    trainer = start(run, patch=patch)
     for _ in range(rng.randint(1, 3)):
         trainer.wait_checkpoint(run)
         moment = rng.uniform(0, reference.span)
@@ -389,7 +397,7 @@ def kill_trainer(reference: Reference, run: Path, rng: random.Random, args: tupl
             break
         trainer.send(signal.SIGKILL)
         result = trainer.finish()
-        assert result.code == -signal.SIGKILL and not result.orphans and not result.leaked, result
+        result.check(-signal.SIGKILL)
         moments.append(f"{moment:.2f}")
         trainer = Trainer(*resume_args(run), patch=patch)
         if len(moments) < 3:  # time for the import, so that the next moment falls into the training too
@@ -406,11 +414,9 @@ def newer(path: Path, than: float) -> bool:
         return False
 
 
-def disturb_worker(
-    number: int, reference: Reference, run: Path, rng: random.Random, args: tuple[str, ...] = (), patch: str = ""
-) -> str:  # fmt: skip
+def disturb_worker(number: int, reference: Reference, run: Path, rng: random.Random, args: tuple[str, ...] = ()) -> str:
     """SIGKILL or SIGSTOP of a worker at a random moment; the run ends bit-equal, or this raises."""
-    trainer = start(run, *args, patch=patch)
+    trainer = start(run, *args)
     trainer.wait_checkpoint(run)
     moment = rng.uniform(0, 0.9 * reference.span)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -504,8 +510,10 @@ class Fuzz:
             real(run, state)
             kept.append((run.path / "checkpoint.pt").read_bytes())
 
-        with quiet(), replaced_attribute(ppo_vec.Run, "save", save), replaced_attribute(
-            ppo_vec.Run, "save_now_and_then", save
+        with (
+            quiet(),
+            replaced_attribute(ppo_vec.Run, "save", save),
+            replaced_attribute(ppo_vec.Run, "save_now_and_then", save),
         ):
             code = ppo_vec.main([*self.ARGS, "--runs-dir", str(self.folder), "--run-name", "whole"])
         assert code == 0
@@ -607,7 +615,7 @@ class Fuzz:
             assert code == (0 if mode == "previous" else 2), where
             assert code or "using checkpoint.previous.pt" in lines[0], where
         if kind == "module:id":
-            assert code == 2 and "would import code" in lines[0], where
+            assert (code, "would import code" in lines[0]) == (2, True), where
 
     DAMAGED = ("truncated", "flipped bits", "overwritten block")
 
@@ -832,20 +840,25 @@ BENCHES = {
 
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
-        "# The fault suite", "",
-        f"`{about['command']}` on {about['date']}, commit {about['git_commit']}, {about['cpu']}, {about['cores']} cores; "
-        + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + f"; {about['minutes']:.1f} minutes.", "",
-        "| fault | tried | as it must | minutes | notes |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        "# The fault suite",
+        "",
+        f"`{about['command']}` on {about['date']}, commit {about['git_commit']}; {about['cpu']}, "
+        f"{about['cores']} cores; {versions}; {about['minutes']:.1f} minutes.",
+        "",
+        "A run is as it must be if it ends with the exit code, weights, optimizer, normalisers, random states, rows of",
+        "episodes.csv, TensorBoard scalars and results of the undisturbed one, to the bit, with no traceback and with",
+        "no process and no shared memory left behind. A broken checkpoint executes nothing and ends in one clear line,",
+        "or in the use of the previous one.",
+        "",
+        "| fault | tried | as it must be | minutes | notes |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         notes = "; ".join(f"{k}: {v}" for k, v in row.notes.items())
         lines.append(f"| {row.name} | {row.tried} | {row.passed} | {row.seconds / 60:.1f} | {notes} |")
-    lines += ["", "A run is as it must be if it ends with the exit code, the weights, optimizer, normalisers, random "
-              "states, episodes.csv rows, TensorBoard scalars and results of the undisturbed one, to the bit, with no "
-              "traceback, no process and no shared memory left behind. A broken checkpoint executes nothing and ends in "
-              "one clear line, or in the use of the previous one."]  # fmt: skip
-    lines += [f"- {row.name}: {problem}" for row in rows for problem in row.problems]
+    lines += [f"\n- {row.name}: {problem}" for row in rows for problem in row.problems]
     return "\n".join(lines) + "\n"
 
 

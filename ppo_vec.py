@@ -151,7 +151,7 @@ class Args:
     evaluate: str | None = None
     """evaluate this run (its folder or a checkpoint) instead of training"""
     eval_episodes: int = 100
-    """the number of test episodes, of --evaluate and at the end of training"""
+    """the number of test episodes, with --evaluate and at the end of training (there also of the final choice)"""
     stochastic: bool = False
     """with --evaluate: sample actions instead of taking the mean"""
     capture_video: bool = False
@@ -1601,7 +1601,7 @@ EVALUATIONS = 20  # periodic evaluations a run, at most
 EVALUATION_EPISODES = 10
 CANDIDATES = 3  # policies kept, and
 CANDIDATE_EPISODES = 20  # more episodes for one that looks like one of them: ten alone are a coin's throw apart
-CONFIRMATION_EPISODES = 100  # to call the task solved, and for the final choice
+CONFIRMATION_EPISODES = 100  # to call the task solved
 EVALUATION_SHARE = 0.2  # of the steps trained; without an update a step costs half as much: a tenth of the time
 
 
@@ -1714,10 +1714,10 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
         return summarize(envs.evaluate(agent.policy_arrays(), seeds, as_published), goal)
 
     first, state.candidates = SELECTION_SEEDS + state.selection_episodes, [last, *others]
-    state.selection_episodes += CONFIRMATION_EPISODES
+    state.selection_episodes += args.eval_episodes
     for candidate in state.candidates:
         step = candidate["evaluation"]["global_step"]
-        result = evaluate(candidate, first, CONFIRMATION_EPISODES, as_published=False)
+        result = evaluate(candidate, first, args.eval_episodes, as_published=False)
         candidate["evaluation"] = {"global_step": step, "time_s": run.wall_time(state), **result}
         run.say(f"choosing: weights of step {step}: {describe(result)}")
     state.evaluations.append(last["evaluation"])

@@ -48,7 +48,7 @@ import ppo_vec
 
 SMALL = (
     "--num-envs", "4", "--num-workers", "2", "--num-steps", "64", "--num-minibatches", "4", "--update-epochs", "2",
-    "--total-timesteps", "4000", "--eval-episodes", "4",
+    "--total-timesteps", "4000", "--eval-episodes", "2",
 )  # fmt: skip
 EAGER = "ppo_vec.Run.save_now_and_then = ppo_vec.Run.save"  # a patch: a checkpoint after every iteration
 MARK = "PPO_VEC_FAULTS"  # an environment variable that tells the processes of one run from all others
@@ -382,13 +382,13 @@ class Reference:
 
 
 def kill_trainer(reference: Reference, run: Path, rng: random.Random, patch: str = "") -> str:
-    """`kill -9` of the trainer at one to three random moments, --resume after each; ends bit-equal or raises.
+    """`kill -9` of the trainer at one or two random moments, --resume after each; ends bit-equal or raises.
 
     Returns a note of when it was killed.
     """
     moments = []
     trainer = start(run, patch=patch)
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(1, 2)):
         trainer.wait_checkpoint(run)
         moment = rng.uniform(0, reference.span)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -400,7 +400,7 @@ def kill_trainer(reference: Reference, run: Path, rng: random.Random, patch: str
         result.check(-signal.SIGKILL)
         moments.append(f"{moment:.2f}")
         trainer = Trainer(*resume_args(run), patch=patch)
-        if len(moments) < 3:  # time for the import, so that the next moment falls into the training too
+        if len(moments) < 2:  # time for the import, so that the next moment falls into the training too
             trainer.wait_for(functools.partial(newer, run / "args.json", time.time()))
     trainer.finish().check()
     assert_same(run, reference.state)
@@ -800,7 +800,7 @@ ppo_vec.Workers.run = lambda workers, beats, name, *a: (workers.call_async(name,
     row, began = Row("cost of checkpoints and healing", tried=1), time.monotonic()
     speeds: dict[str, list[float]] = {"on": [], "off": []}
     shares = []
-    for i in range(options.count or 6):
+    for i in range(options.count or 4):
         for name, patch in (("on", timed), ("off", bare))[:: 1 if i % 2 else -1]:
             run = folder / f"{name}{i}"
             args = "--total-timesteps", "60000", "--runs-dir", str(folder), "--run-name", run.name
@@ -865,7 +865,7 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"comma-separated, of {', '.join(BENCHES)}")
-    parser.add_argument("--count", type=int, help="cases of each kind, instead of 100, 100, 20, 1000 and 6")
+    parser.add_argument("--count", type=int, help="cases of each kind, instead of 100, 100, 20, 1000 and 4")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments and damages")
     parser.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results for a whole run")

@@ -1,0 +1,192 @@
+"""Trains a named setting on a list of seeds; every seed counts. Table, JSON and curves go into benchmarks/results/.
+
+    python benchmarks/learning.py                                   # the README's command on seeds 0-9
+    python benchmarks/learning.py --setting notebook --seeds 0 1 2
+    python benchmarks/learning.py --setting default --seeds 0 --jobs 1   # alone on the machine: results in seconds
+
+A run is one `python ppo_vec.py`; its folder stays in runs/learning/, so a benchmark that was interrupted goes
+on where it was: finished runs are not repeated, unfinished ones are resumed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+import ppo_vec
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {  # name: flags of ppo_vec.py beside --seed
+    "default": "--num-envs 16 --cuda",
+    "default-2m": "--num-envs 16 --cuda --total-timesteps 2000000",
+    "lander": "--env-id LunarLanderContinuous-v3",
+    "hardcore": "--env-id BipedalWalkerHardcore-v3",
+    # The two systems of the README's last section.
+    "notebook": "--env-id LunarLanderContinuous-v3 --activation relu --state-dependent-std --learning-rate 3e-4 "
+    "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "
+    "--ent-coef 0.001",
+    "tutorial": "--actor-hidden-sizes 64 64 64 --critic-hidden-sizes 128 128 --activation relu --clip-vloss",
+    # Ablations: the default without one ingredient.
+    "full-price": "--num-envs 16 --reward-floor -10",
+    "gamma-0.98": "--num-envs 16 --final-gamma 0.98",
+    "gamma-0.99": "--num-envs 16 --gamma 0.99",
+    "lambda-0.95": "--num-envs 16 --gae-lambda 0.95",
+    "steps-256": "--num-envs 16 --num-steps 256",
+    "no-anneal": "--num-envs 16 --no-anneal-lr",
+}
+
+
+@dataclass
+class Options:
+    setting: str = "default"
+    """one of SETTINGS"""
+    seeds: tuple[int, ...] = tuple(range(10))
+    """training seeds"""
+    jobs: int = max(1, ppo_vec.usable_cores())
+    """runs at a time; with more than one, each has one worker and results are in steps, not in seconds"""
+    flags: str = ""
+    """more flags of ppo_vec.py"""
+    name: str | None = None
+    """name of the results; default the setting's"""
+    out: Path = ROOT / "benchmarks" / "results"
+    """where the results go"""
+
+
+def train(options: Options, name: str, seed: int) -> Path:
+    """One run, new, resumed or already there. Returns its folder."""
+    runs = ROOT / "runs" / "learning"
+    folder = runs / f"{name}-{seed}"
+    command = [sys.executable, str(ROOT / "ppo_vec.py")]
+    if (folder / "checkpoint.pt").exists():
+        command += ["--resume", str(folder)]
+    else:
+        command += [*shlex.split(SETTINGS[options.setting]), *shlex.split(options.flags), "--seed", str(seed)]
+        command += ["--runs-dir", str(runs), "--run-name", folder.name]
+        command += ["--num-workers", "1"] if options.jobs > 1 else []
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / f"{folder.name}.log", "a") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT).returncode
+    row = result(folder)
+    print(f"{folder.name}: exit code {code}, {row['text'] if row else 'no summary'}", flush=True)
+    return folder
+
+
+def result(folder: Path) -> dict | None:
+    """The figures of one run, or None if it has left none."""
+    if not (folder / "summary.json").exists():
+        return None
+    summary = json.loads((folder / "summary.json").read_text())
+    falls = "" if summary["eval_frac_solved"] is None else f", {summary['eval_frac_solved']:.0%} solved"
+    summary["text"] = f"{summary['eval_mean']:.1f} (min {summary['eval_min']:.0f}{falls})"
+    return summary
+
+
+def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, seconds and mean returns of a run's periodic evaluations."""
+    _, tree = ppo_vec.read_checkpoint(str(folder))
+    rows = tree["evaluations"]
+    return tuple(np.array([row[key] for row in rows]) for key in ("global_step", "time_s", "mean"))
+
+
+def interquartile_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    from scipy.stats import trim_mean
+
+    return trim_mean(values, 0.25, axis=axis)
+
+
+def draw(name: str, folders: list[Path], goal: float | None, path: Path) -> None:
+    """Return against steps and against seconds: every seed, the interquartile mean and its bootstrap interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    curves = [evaluations(folder) for folder in folders]
+    rng = np.random.default_rng(0)
+    for axes, column, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("environment steps", "seconds")):
+        grid = np.linspace(0, max(curve[column][-1] for curve in curves), 100)
+        table = np.array([np.interp(grid, curve[column], curve[2]) for curve in curves])
+        for curve in curves:
+            axes.plot(curve[column], curve[2], color="C0", lw=0.7, alpha=0.4)
+        axes.plot(grid, interquartile_mean(table), color="C0", lw=2, label=f"interquartile mean of {len(curves)} seeds")
+        picks = rng.integers(len(table), size=(500, len(table)))
+        low, high = np.percentile([interquartile_mean(table[pick]) for pick in picks], (2.5, 97.5), axis=0)
+        axes.fill_between(grid, low, high, color="C0", alpha=0.2, lw=0, label="95 % bootstrap interval")
+        if goal is not None:
+            axes.axhline(goal, color="0.4", lw=1, ls="--")
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="return, deterministic evaluation", title=name)
+    figure.axes[0].legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def main(options: Options) -> None:
+    if options.setting not in SETTINGS:
+        sys.exit(f"learning.py: error: --setting {options.setting} is not one of {', '.join(SETTINGS)}")
+    name = options.name or options.setting
+    if options.jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        folders = list(pool.map(lambda seed: train(options, name, seed), options.seeds))
+    rows = [result(folder) for folder in folders]
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "| seed | delivered: mean (min, solved) | last weights: mean (min) | solved at step | after s | train s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for seed, row in zip(options.seeds, rows):
+        if row is None or not row["finished"]:
+            lines.append(f"| {seed} | did not finish | | | | |")
+            continue
+        after = "-" if row["solved_at_s"] is None else f"{row['solved_at_s']:.0f}"
+        lines.append(
+            f"| {seed} | {row['text']} | {row['last_eval_mean']:.1f} ({row['last_eval_min']:.0f}) | "
+            f"{row['solved_at_step'] or '-'} | {after} | {row['train_time_s']:.0f} |"
+        )
+    finished = [row for row in rows if row is not None and row["finished"]]
+    means = np.array([row["eval_mean"] for row in finished])
+    solved = [row["solved_at_step"] or np.inf for row in finished]
+    if len(means):
+        lines.append(
+            f"\n{len(finished)} of {len(rows)} runs finished; delivered mean: lowest {means.min():.1f}, median "
+            f"{np.median(means):.1f}, interquartile mean {interquartile_mean(means):.1f}; median steps to a confirmed "
+            f"solve: {np.median(solved):.0f}"
+        )
+    info = ppo_vec.describe_run(ppo_vec.Args())
+    head = (
+        f"# {name}: `python ppo_vec.py {SETTINGS[options.setting]} {options.flags} --seed SEED`\n\n"
+        f"`{info['command']}`, commit {info['git_commit']}, {time.strftime('%Y-%m-%d')}, {info['cpu']}, "
+        f"{info['cores']} cores, {options.jobs} at a time, Python {platform.python_version()}, "
+        f"torch {info['versions']['torch']}, gymnasium {info['versions']['gymnasium']}, numpy "
+        f"{info['versions']['numpy']}. Deterministic, 100 test episodes on the published environment.\n"
+    )
+    text = "\n".join([head, *lines]) + "\n"
+    (options.out / f"learning-{name}.md").write_text(text)
+    record = {"setting": name, "flags": SETTINGS[options.setting], "info": info, "runs": rows}
+    (options.out / f"learning-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    with open(options.out / f"learning-{name}.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("seed", "global_step", "time_s", "mean"))
+        for seed, folder in zip(options.seeds, folders):
+            if (folder / "checkpoint.pt").exists():
+                writer.writerows((seed, *row) for row in zip(*evaluations(folder)))
+    drawable = [f for f in folders if (f / "checkpoint.pt").exists() and len(evaluations(f)[0])]
+    if drawable:
+        goal = ppo_vec.gym.spec(json.loads((drawable[0] / "args.json").read_text())["args"]["env_id"]).reward_threshold
+        draw(name, drawable, goal, options.out / f"learning-{name}.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -40,6 +41,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -660,10 +662,9 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def train(args: Args, checkpoint: dict[str, Any] | None = None) -> Run:
+def train(args: Args, task: Task, checkpoint: dict[str, Any] | None = None) -> Run:
     """Trains, or continues from a checkpoint; evaluates, plots and saves."""
     device = choose_device(args)
-    task = Task.of(args)
     state = State(args, task, device)
     if checkpoint:
         state.load(checkpoint)
@@ -691,6 +692,8 @@ def train(args: Args, checkpoint: dict[str, Any] | None = None) -> Run:
         run.save(state)
         if not run.stopped:
             deliver(envs, state, run, args)
+    if missing := run.missing():
+        raise TrainingError(f"the disk is still full: {', '.join(missing)} could not be written")
     return run
 
 
@@ -737,7 +740,9 @@ class Task:
     def of(cls, args: Args) -> Task:
         """Raises UserError for an environment that does not exist or that PPO with a Gaussian cannot act in."""
         try:
-            env = gym.make(args.env_id, disable_env_checker=True)
+            with warnings.catch_warnings():  # of an outdated version: the error says it, too
+                warnings.simplefilter("ignore")
+                env = gym.make(args.env_id, disable_env_checker=True)
         except Exception as error:  # a registry error, a missing dependency, or whatever the environment raises
             raise UserError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
         obs_space, action_space = env.observation_space, env.action_space
@@ -937,7 +942,9 @@ class Block(gym.Env):
             # The trainer decides when workers end: a Ctrl-C or `kill` of the whole group reaches them as well.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
+            with contextlib.suppress(Exception):  # Linux: the kernel ends this worker with its trainer
+                ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # 1: PR_SET_PDEATHSIG
+            threading.Thread(target=end_with, args=(trainer,), daemon=True).start()  # elsewhere: within a second
 
     def rollout(self, given_actions: bool = False) -> str | None:
         """Steps the block num_steps times, acting on the shared noise (or on the shared actions, if they are given)."""
@@ -1180,7 +1187,11 @@ class VecEnv:
         """(return, length) of one deterministic episode per seed, in environments of their own."""
         self.load_policy(policy)
         shares = self.run("evaluate", seeds, self.num_workers, as_published)
-        return [(ret, length) for _, ret, length in sorted(row for share in shares for row in share)]
+        episodes = sorted(row for share in shares for row in share)
+        for i, ret, _ in episodes:
+            if not math.isfinite(ret):
+                raise TrainingError(f"the return of the evaluation episode with seed {seeds[i]} is {ret}")
+        return [(ret, length) for _, ret, length in episodes]
 
 
 def usable_cores() -> int:
@@ -1455,9 +1466,32 @@ class State:
             **{name: getattr(self, name) for name in self.PLAIN},
         }
 
+    def like(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """What `saved` must look like: this state's dict, with as many entries in its lists as `saved` has."""
+        own, groups = self.state_dict(), self.optimizer.param_groups
+        if saved["optimizer"]["state"]:
+            own["optimizer"]["state"] = {
+                i: {"step": torch.zeros(()), "exp_avg": g["params"][0].data, "exp_avg_sq": g["params"][0].data}
+                for i, g in enumerate(groups)
+            }
+        row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0)], self.task.goal)}
+        own["evaluations"] = [row] * len(saved["evaluations"])
+        own["candidates"] = [{"agent": own["agent"], "evaluation": row}] * len(saved["candidates"])
+        own["recent"] = [(0.0, 0)] * len(saved["recent"])
+        own["envs"]["actions"] = [
+            None if a is None else torch.zeros(len(a), self.task.action_dim)
+            for a in saved["envs"]["actions"][: self.args.num_envs]
+        ]
+        own["log_sizes"] = {"events": 0, "episodes": 0}
+        own["solved_at_step"] = None if saved["solved_at_step"] is None else 0
+        own["solved_at_s"] = None if saved["solved_at_s"] is None else 0.0
+        own["args"] = saved["args"]  # saved_args has seen them
+        return own
+
     def load(self, saved: dict[str, Any]) -> None:
         """Raises UserError if `saved` does not fit this agent and environment."""
         try:
+            check_fits(saved, self.like(saved))
             self.agent.load_state_dict(saved["agent"])
             self.optimizer.load_state_dict(saved["optimizer"])
             moments = dict(saved["reward_scaler"])
@@ -1471,6 +1505,28 @@ class State:
                 setattr(self, name, saved[name])
         except Exception as error:
             raise UserError(f"the checkpoint does not fit: {' '.join(str(error).split())[:200]}") from error
+
+
+def check_fits(saved: Any, own: Any, where: str = "") -> None:
+    """Raises ValueError where `saved` has not the types, keys and shapes of `own`.
+
+    The digest tells that a file is intact, not who made it; and a fused optimizer does not look at shapes: it writes
+    past the end of a tensor that is too small.
+    """
+    if isinstance(own, Tensor):
+        fits = isinstance(saved, Tensor) and (saved.shape, saved.dtype) == (own.shape, own.dtype)
+        fits = fits and saved.layout == own.layout and saved.is_contiguous()
+    else:
+        fits = isinstance(saved, dict) if isinstance(own, dict) else type(saved) is type(own)
+    if fits and isinstance(own, dict):
+        fits = saved.keys() == own.keys()
+    if fits and isinstance(own, (list, tuple)):
+        fits = len(saved) == len(own)
+    if not fits:
+        raise ValueError(f"{where or 'its content'} is not what was expected")
+    if isinstance(own, (dict, list, tuple)):
+        for key in own if isinstance(own, dict) else range(len(own)):
+            check_fits(saved[key], own[key], f"{where}/{key}" if where else str(key))
 
 
 def policy_dict(agent: Agent, args: Args, task: Task) -> dict[str, Any]:
@@ -1519,7 +1575,9 @@ def decode(data: bytes) -> dict[str, Any]:
     if hashlib.sha256(body).digest() != tail[len(MAGIC) :]:
         raise ValueError("is damaged: its digest does not match")
     try:
-        tree = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch's about strange pickles
+            warnings.simplefilter("ignore")
+            tree = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a crafted file makes the restricted unpickler raise
         raise ValueError("cannot be read as plain tensors") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
@@ -1533,7 +1591,7 @@ def read_checkpoint(where: str, policy: bool = False) -> tuple[Path, dict[str, A
     Returns the file used and its content. Raises UserError if there is none.
     """
     path = Path(where)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         names = ["best.pt"] * policy + ["checkpoint.pt", "checkpoint.previous.pt"]
         candidates = [path / name for name in names]
     else:
@@ -1561,10 +1619,15 @@ def saved_args(tree: dict[str, Any]) -> Args:
         args = Args(**saved)
         for f in dataclasses.fields(Args):
             value, plain = getattr(args, f.name), type(getattr(Args(), f.name))
-            if plain is not type(None) and type(value) is not plain and not (plain is float and type(value) is int):
+            if plain is type(None):  # optional: int, float or str by the annotation
+                plain = type(None) if value is None else {"int": int, "float": float, "str": str}[f.type.split()[0]]
+            if type(value) is not plain and not (plain is float and type(value) is int):
                 raise TypeError(f"{f.name} is a {type(value).__name__}")
+            if isinstance(value, tuple) and not all(type(size) is int for size in value):
+                raise TypeError(f"{f.name} is {value}")
     except Exception as error:
-        raise UserError(f"the checkpoint's arguments are not ppo_vec's: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"the checkpoint's arguments are not ppo_vec's: {reason}") from error
     if ":" in args.env_id:
         raise UserError(f"the checkpoint's env id {args.env_id!r} would import code; refused")
     args = dataclasses.replace(args, resume=None, evaluate=None)
@@ -1617,9 +1680,13 @@ def run_episodes(
     """
     if not seeds:
         return []
-    envs = [task.make_env(as_published) for _ in seeds]
+    envs, first = [], []
+    for seed in seeds:
+        envs.append(task.make_env(as_published))
+        first.append(reset_env(envs[-1], seed))
+        beat()
+    obs = np.stack(first)
     rngs = [np.random.default_rng((seed, 1)) for seed in seeds] if stochastic else []
-    obs = np.stack([reset_env(env, seed) for env, seed in zip(envs, seeds)])
     returns, lengths, running = np.zeros(len(seeds)), np.zeros(len(seeds), int), np.arange(len(seeds))
     limit = task.max_episode_steps or ENDLESS
     while len(running):
@@ -1647,6 +1714,8 @@ def summarize(episodes: list[tuple[float, int]], goal: float | None) -> dict[str
 def evaluation_due(state: State, args: Args) -> bool:
     """At most EVALUATIONS a run, and no more than their share. Counted in steps: the same in every run of a seed."""
     last = state.evaluations[-1]["global_step"] if state.evaluations else 0
+    if state.global_step >= args.total_timesteps:  # deliver() evaluates the last weights
+        return False
     spaced = state.global_step - last >= args.total_timesteps / EVALUATIONS
     return spaced and state.selection_steps <= EVALUATION_SHARE * state.global_step
 
@@ -1788,12 +1857,13 @@ def warn(message: str) -> None:
 
 def say(message: str) -> None:
     """One line on stderr, above a progress bar if there is one."""
-    try:
-        from tqdm import tqdm
+    with contextlib.suppress(OSError):  # a log file on a full disk, a terminal that has gone
+        try:
+            from tqdm import tqdm
 
-        tqdm.write(message, file=sys.stderr)
-    except ImportError:
-        print(message, file=sys.stderr, flush=True)
+            tqdm.write(message, file=sys.stderr)
+        except ImportError:
+            print(message, file=sys.stderr, flush=True)
 
 
 class AppendLog:
@@ -1810,13 +1880,16 @@ class AppendLog:
         else:
             self.size = min(size, path.stat().st_size) if path.exists() else 0
 
-    def flush(self) -> bool:
-        """Writes what is pending; returns whether the file now holds everything."""
+    def flush(self, sync: bool = False) -> bool:
+        """Writes what is pending, to the disk itself with `sync`; returns whether the file now holds everything."""
         try:
             with open(self.path, "r+b" if self.path.exists() else "wb") as file:
                 file.seek(self.size)
                 file.write(self.pending)
                 file.truncate()
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             if not self.failing:
                 warn(f"cannot write {self.path} ({error.strerror}); the run goes on and tries again")
@@ -1844,6 +1917,8 @@ class Run:
         self.wall_before, self.steps_before = state.wall_time_s, state.global_step
         self.saved_at, self.save_cost = -math.inf, 0.0
         self.save_failing = False
+        self.unwritten: dict[str, bytes] = {}  # files that a full disk refused, and their content
+        self.warned_of: set[str] = set()
 
         def encode_event(**fields: Any) -> bytes:
             buffer = io.BytesIO()
@@ -1860,14 +1935,20 @@ class Run:
         self.episodes = AppendLog(self.path / "episodes.csv", header, sizes.get("episodes"))
         self.wandb = None
         if args.track:
-            import wandb
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError('--track needs Weights and Biases: pip install "ppo_vec[track]"') from error
 
             self.wandb = wandb.init(
                 project="ppo_vec", name=args.run_name, id=args.run_name, resume="allow", config=dataclasses.asdict(args)
             )
 
     def __enter__(self) -> Run:
-        self.write("args.json", lambda: json.dumps(describe_run(self.args), indent=2))
+        self.write("args.json", json.dumps(describe_run(self.args), indent=2).encode())
+        args = self.args
+        tuned = (f"--{k.replace('_', '-')} {v}" for k, v in TUNED.get(args.env_id, {}).items() if getattr(args, k) == v)
+        say(f"{args.env_id}, seed {args.seed}, in {self.path}; tuned values: {' '.join(tuned) or 'none'}")
         self.bar = progress_bar(self.args, self.steps_before)
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -1882,7 +1963,8 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
         self.events.flush(), self.episodes.flush()
         self.write_curve()
         if self.wandb is not None:
@@ -1908,21 +1990,38 @@ class Run:
 
     # -- what is written ------------------------------------------------------------------------------------------
 
-    def write(self, name: str, content: Callable[[], str]) -> None:
-        try:
-            write_file(self.path / name, content().encode())
-        except OSError as error:
-            warn(f"cannot write {self.path / name} ({error.strerror}); the run goes on")
+    def write(self, name: str, data: bytes) -> None:
+        """Replaces a file of the folder. What a full disk refuses is tried again with every checkpoint."""
+        self.unwritten[name] = data
+        self.write_again()
+
+    def write_again(self) -> None:
+        for name, data in list(self.unwritten.items()):
+            try:
+                write_file(self.path / name, data)
+                del self.unwritten[name]
+            except OSError as error:
+                if name not in self.warned_of:
+                    warn(f"cannot write {self.path / name} ({error.strerror}); the run goes on and tries again")
+                self.warned_of.add(name)
+
+    def missing(self) -> list[str]:
+        """The files that do not hold what they should."""
+        logs = [log.path.name for log in (self.events, self.episodes) if log.pending]
+        return [*self.unwritten, *logs, *(["checkpoint.pt"] if self.save_failing else [])]
 
     def save(self, state: State) -> None:
         """Writes checkpoint.pt, keeping the one before; a disk that is full does not end the run."""
         began = time.perf_counter()
         state.wall_time_s = self.wall_time(state)
+        self.write_again()
         try:
-            if self.events.flush() and self.episodes.flush():
+            if all([self.events.flush(sync=True), self.episodes.flush(sync=True)]):
                 state.log_sizes = {"events": self.events.size, "episodes": self.episodes.size}
                 data = encode(state.state_dict())
-                write_file(self.path / "checkpoint.pt", data, keep=self.path / "checkpoint.previous.pt")
+                # The first one takes the place of what may be damaged, and what the run was resumed from is kept.
+                keep = self.path / "checkpoint.previous.pt" if self.saved_at > -math.inf else None
+                write_file(self.path / "checkpoint.pt", data, keep=keep)
                 if self.save_failing:
                     warn("checkpoints can be written again")
                 self.save_failing = False
@@ -1940,10 +2039,7 @@ class Run:
 
     def save_best(self, state: State) -> None:
         tree = {**policy_dict(state.agent, self.args, self.task), **state.candidates[0]}
-        try:
-            write_file(self.path / "best.pt", encode(tree))
-        except OSError as error:
-            warn(f"cannot write best.pt ({error.strerror}); the checkpoint holds it, too")
+        self.write("best.pt", encode(tree))
 
     def write_summary(self, state: State, envs: VecEnv, evaluation: dict[str, Any]) -> None:
         summary = {
@@ -1959,7 +2055,7 @@ class Run:
             "worker_restarts": envs.restarts,
             "finished": state.finished,
         }
-        self.write("summary.json", lambda: json.dumps(summary, indent=2))
+        self.write("summary.json", json.dumps(summary, indent=2).encode())
 
     def write_curve(self) -> None:
         try:
@@ -2012,12 +2108,13 @@ class Run:
         self.scalars(state.global_step, values)
         self.events.flush(), self.episodes.flush()
         if self.bar is not None:
-            self.bar.update(min(state.global_step, self.args.total_timesteps) - self.bar.n)
-            shown = {"SPS": f"{values['charts/SPS']:.0f}"}
-            if state.recent:
-                returns, lengths = zip(*state.recent)
-                shown = {"return": f"{np.mean(returns):.1f}", "length": f"{np.mean(lengths):.0f}", **shown}
-            self.bar.set_postfix(shown)
+            with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+                self.bar.update(min(state.global_step, self.args.total_timesteps) - self.bar.n)
+                shown = {"SPS": f"{values['charts/SPS']:.0f}"}
+                if state.recent:
+                    returns, lengths = zip(*state.recent)
+                    shown = {"return": f"{np.mean(returns):.1f}", "length": f"{np.mean(lengths):.0f}", **shown}
+                self.bar.set_postfix(shown)
 
     @staticmethod
     def action_std(agent: Agent, rollout: Rollout) -> float:
@@ -2081,7 +2178,9 @@ def describe_run(args: Args) -> dict[str, Any]:
 
 def plot_learning_curve(path: Path, goal: float | None) -> None:
     """learning_curve.png: the mean return of a window of episodes with its deviation, against steps; evaluations."""
-    rows = np.loadtxt(path / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a run without a finished episode
+        rows = np.loadtxt(path / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
     if not len(rows):
         return
     from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
@@ -2135,7 +2234,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
         known, _ = first.parse_known_args(list(argv))
     except argparse.ArgumentError:
         known = argparse.Namespace(env_id=None, resume=None, evaluate=None)  # tyro will say what is wrong
-    where = known.resume or known.evaluate
+    where = known.evaluate if known.resume is None else known.resume
     if where is None:
         env_id = known.env_id or Args.env_id
         defaults = Args(**{"env_id": env_id, **TUNED.get(env_id, {})})
@@ -2172,11 +2271,8 @@ def choose_device(args: Args) -> torch.device:
     return device
 
 
-def evaluate_run(args: Args, tree: dict[str, Any]) -> None:
+def evaluate_run(args: Args, task: Task, policy: Policy) -> None:
     """--evaluate: test episodes of a saved policy on the published environment; prints the result."""
-    policy, task = restore_policy(tree), Task.of(args)
-    if (task.obs_dim, task.action_dim) != (len(policy.mean), policy.action_dim):
-        raise UserError(f"{args.evaluate} does not fit {args.env_id}: other observations or actions")
     seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
     episodes: list[tuple[float, int]] = []
     bar = progress_bar(dataclasses.replace(args, total_timesteps=len(seeds)), 0)
@@ -2194,6 +2290,11 @@ def evaluate_run(args: Args, tree: dict[str, Any]) -> None:
         where = Path(args.evaluate)
         folder = (where if where.is_dir() else where.parent) / "videos"
         print(f"video: {record_video(task, policy, folder, TEST_SEEDS)}")
+
+
+def is_finished(checkpoint: dict[str, Any], args: Args) -> bool:
+    step = checkpoint.get("global_step")
+    return checkpoint.get("finished") is True and isinstance(step, int) and step >= args.total_timesteps
 
 
 def prepare_folder(args: Args) -> Args:
@@ -2215,18 +2316,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 training failed, 2 bad input, 130 or 143 stopped by a signal."""
     try:
         args, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
-        if args.evaluate:
-            evaluate_run(args, checkpoint)
-            return 0
-        if checkpoint and checkpoint["finished"] and checkpoint["global_step"] >= args.total_timesteps:
-            say(f"{Path(args.runs_dir) / args.run_name} is finished; a longer --total-timesteps would extend it")
-            return 0
-        if not checkpoint:
+        task = Task.of(args)
+        if checkpoint is None:
             args = prepare_folder(args)
-        tuned = (f"--{k.replace('_', '-')} {v}" for k, v in TUNED.get(args.env_id, {}).items() if getattr(args, k) == v)
-        path = Path(args.runs_dir) / args.run_name
-        say(f"{args.env_id}, seed {args.seed}, in {path}; tuned values: {' '.join(tuned) or 'none'}")
-        run = train(args, checkpoint)
+        else:
+            policy = restore_policy(checkpoint)
+            if (task.obs_dim, task.action_dim) != (len(policy.mean), policy.action_dim):
+                raise UserError(f"the checkpoint does not fit {args.env_id}: other observations or actions")
+            if args.evaluate:
+                evaluate_run(args, task, policy)
+                return 0
+            if is_finished(checkpoint, args):
+                say(f"{Path(args.runs_dir) / args.run_name} is finished; a longer --total-timesteps would extend it")
+                return 0
+        run = train(args, task, checkpoint)
         return 128 + run.stopped if run.stopped else 0
     except (UserError, TrainingError) as error:
         print(f"ppo_vec.py: error: {error}", file=sys.stderr)

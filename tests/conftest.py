@@ -1,0 +1,23 @@
+"""Settings of all tests. They test the `ppo_vec` that Python finds, so that a changed copy can be tested as well."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+# Derandomized: a test that fails once fails again, on any machine.
+hypothesis.settings.register_profile("ppo_vec", deadline=None, derandomize=True, database=None, max_examples=40)
+hypothesis.settings.load_profile("ppo_vec")
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """One torch thread, as in training; and no test leaves a process behind."""
+    torch.set_num_threads(1)
+    before = set(multiprocessing.active_children())
+    yield
+    assert not set(multiprocessing.active_children()) - before, "a worker outlived its test"

@@ -366,7 +366,7 @@ for _fault in FAULTS:
 
 @dataclass
 class Reference:
-    """An undisturbed run, and how long it took from its first checkpoint to its end."""
+    """An undisturbed run, and how long it took from its first checkpoint to the end of its workers."""
 
     run: Path
     span: float
@@ -379,14 +379,17 @@ class Reference:
         trainers = [start(r, *args, patch=patch) for r in runs]
         for r, trainer in zip(runs, trainers):
             trainer.wait_checkpoint(r)
-        begun = time.monotonic()
+        begun = ended = time.monotonic()
+        while trainers[0].running:
+            if trainers[0].workers():
+                ended = time.monotonic()
+            time.sleep(0.01)
         for trainer in trainers:
             trainer.finish().check()
-        span = time.monotonic() - begun
         state = fingerprint(runs[0])
         for r in runs[1:]:
             assert_same(r, state)
-        return cls(runs[0], span, state)
+        return cls(runs[0], ended - begun, state)
 
 
 def kill_trainer(reference: Reference, run: Path, rng: random.Random, patch: str = "") -> str:
@@ -398,7 +401,7 @@ def kill_trainer(reference: Reference, run: Path, rng: random.Random, patch: str
     trainer = start(run, patch=patch)
     for _ in range(rng.randint(1, 2)):
         trainer.wait_checkpoint(run)
-        moment = rng.uniform(0, reference.span)
+        moment = rng.uniform(0, 1.1 * reference.span)
         with contextlib.suppress(subprocess.TimeoutExpired):
             trainer.process.wait(moment)
         if not trainer.running:
@@ -426,7 +429,7 @@ def disturb_worker(number: int, reference: Reference, run: Path, rng: random.Ran
     """SIGKILL or SIGSTOP of a worker at a random moment; the run ends bit-equal, or this raises."""
     trainer = start(run, *args)
     trainer.wait_checkpoint(run)
-    moment = rng.uniform(0, 0.9 * reference.span)
+    moment = rng.uniform(0, 0.95 * reference.span)
     with contextlib.suppress(subprocess.TimeoutExpired):
         trainer.process.wait(moment)
     hit = trainer.wait_for(lambda: trainer.signal_worker(number, rng))
@@ -485,7 +488,7 @@ def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     if not rest and value is ...:
         del copy[key]
     else:
-        copy[key] = replaced(tree[key], tuple(rest), value)
+        copy[key] = replaced(tree[key], tuple(rest), value) if rest else value
     return copy
 
 

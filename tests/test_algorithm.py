@@ -195,7 +195,7 @@ def run_train(tmp_path: Path, **overrides: Any) -> tuple[Path, dict[str, Any]]:
     """train() in a folder of its own; returns the folder and its checkpoint."""
     name = f"run{len(list(tmp_path.iterdir()))}"
     args = ppo_vec.prepare_folder(make_args(runs_dir=str(tmp_path), run_name=name, **overrides))
-    ppo_vec.train(args)
+    ppo_vec.train(args, Task.of(args))
     return tmp_path / name, ppo_vec.read_checkpoint(str(tmp_path / name))[1]
 
 
@@ -946,9 +946,11 @@ def test_a_state_survives_its_checkpoint_and_goes_on_to_the_bit() -> None:
             t.iterate()
         t.state.iteration, t.state.train_time_s = 3, 1.5
         t.state.recent.extend([(-100.5, 70), (3.25, 1600)])
-        t.state.evaluations.append({"global_step": 7, "mean": -1.5})
-        t.state.solved_at_step, t.state.selection_episodes = 17, 10
-        t.state.best = {"agent": snapshot(t.state.agent.state_dict()), "evaluation": t.state.evaluations[-1]}
+        row = {"global_step": 7, "time_s": 0.5, **ppo_vec.summarize([(-1.5, 70), (2.5, 90)], t.task.goal)}
+        t.state.evaluations.append(row)
+        t.state.candidates.append({"agent": snapshot(t.state.agent.state_dict()), "evaluation": row})
+        t.state.solved_at_step, t.state.solved_at_s, t.state.selection_episodes = 17, 1.25, 10
+        t.state.log_sizes = {"events": 1, "episodes": 2}
         data = encode(t.state.state_dict())
         saved = t.state.state_dict()
         copied = State(args, t.task, CPU)

@@ -583,7 +583,7 @@ def scheduled(args: Args, global_step: int) -> Args:
 
     The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
     nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at
-    its full price some seeds learn to stand still for good. The README has what each of them is worth.
+    its full price from the start some seeds learn to stand still for good; at a low one to the end, to fall.
     """
     progress = min(global_step / args.total_timesteps, 1)
 

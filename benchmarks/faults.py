@@ -201,8 +201,14 @@ class Trainer:
         return Result(code, out, err, seconds, len(alive), leaked)
 
     def leaked(self) -> list[str]:
+        """New files in shared memory that no living process uses, and in the run's temporary folder."""
+        names = set(os.listdir("/dev/shm")) - self.shared
+        for path in Path("/proc").glob("[0-9]*/maps") if names else ():  # those in use are another program's
+            with contextlib.suppress(OSError):
+                used = path.read_text()
+                names = {name for name in names if f"/dev/shm/{name}" not in used}
         files = [name for name in os.listdir(self.temporary / "tmp") if not name.startswith("torchinductor")]  # a cache
-        return [*(set(os.listdir("/dev/shm")) - self.shared), *files]
+        return [*names, *files]
 
 
 def state_of(pid: int) -> str:

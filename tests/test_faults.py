@@ -104,40 +104,84 @@ def test_killed_trainer_resumes_bit_equal(reference: faults.Reference, run: Path
 
 
 def test_killed_at_any_file_operation_resumes_bit_equal(run: Path) -> None:
-    """SIGKILL just before the k-th fsync or rename of a run: every step of the writing of checkpoints and results."""
+    """SIGKILL in the middle of the k-th write, or just before the k-th fsync or rename, of everything a run leaves."""
     expected = undisturbed(run)
     resumed = 0
-    for k in range(1, 99, 3):
+    for k in range(1, 199, 5):
         path, err = run.with_name(f"run{k}"), run.with_name("err")
         argv = [*tiny(), "--runs-dir", str(path.parent), "--run-name", path.name]
         code = forked(argv, lambda k=k: die_at(k), err)
         if code == 0:
             break
         assert code == -signal.SIGKILL, err.read_text()
-        if not (path / "checkpoint.pt").exists() and not (path / "checkpoint.previous.pt").exists():
-            assert k <= 7, "no checkpoint"  # args.json and the first checkpoint are not yet written
+        if not any((path / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
+            assert k <= 12, "no checkpoint"  # args.json, the logs and the first checkpoint are not yet written
             continue
         assert ppo_vec.main(["--resume", str(path)]) == 0
         assert_same(path, expected)
         resumed += 1
-    assert resumed >= 8
+    assert resumed >= 10
 
 
 def die_at(k: int) -> None:
-    """Replaces fsync and rename so that the k-th call of either kills the process."""
-    calls = [0]
+    """Lets the k-th write, fsync or rename of the trainer kill it."""
+    calls, real_open = [0], open
+
+    def due() -> bool:
+        calls[0] += 1
+        return calls[0] == k
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == k:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
+        return lambda *args: die() if due() else real(*args)
 
-        return wrapper
+    def deadly_open(*args: Any) -> Any:
+        file = real_open(*args)
+        if args[1] == "rb":
+            return file
+        write = file.write
 
+        def half(data: bytes) -> int:
+            if due():
+                write(data[: len(data) // 2])
+                file.flush()
+                die()
+            return write(data)
+
+        file.write = half
+        return file
+
+    ppo_vec.open = deadly_open
     os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
     ppo_vec.Run.save_now_and_then = ppo_vec.Run.save
+
+
+def test_write_file_reaches_the_disk_before_it_replaces(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a power cut: the bytes before the rename, the rename before whatever follows."""
+    run.mkdir()
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+
+    def rename(old: Path, new: Path) -> None:
+        calls.append(("rename", Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    for data in (b"old", b"new"):
+        ppo_vec.write_file(run / "file", data, keep=run / "kept")
+    temporary = calls[0][1]
+    assert temporary not in ("file", "kept")
+    first = [("sync", temporary), ("rename", "file"), ("sync", run.name)]
+    assert calls == [*first, first[0], ("rename", "kept"), *first[1:]]
+    assert (run / "file").read_bytes() == b"new"
+    assert (run / "kept").read_bytes() == b"old"
 
 
 def test_workers_end_with_a_killed_trainer(run: Path) -> None:

@@ -26,6 +26,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -206,8 +207,15 @@ class Args:
         )
         check(not (self.resume and self.evaluate), "--resume and --evaluate exclude each other")
         check(not self.stochastic or bool(self.evaluate), "--stochastic belongs to --evaluate")
-        name = self.run_name or "name"
-        check(Path(name).name == name, f"--run-name {name!r} must be a plain folder name")
+        for flag, name in (("--run-name", self.run_name), ("--exp-name", self.exp_name)):
+            plain = name is None or (Path(name).name == name and name != "..")
+            check(plain, f"{flag} {name!r} must be a plain folder name")
+        for flag, wanted, module in (
+            ("--track", self.track, "wandb"),
+            ("--capture-video", self.capture_video, "imageio_ffmpeg"),
+        ):
+            missing = wanted and importlib.util.find_spec(module) is None
+            check(not missing, f"{flag} needs a package: pip install {module.replace('_', '-')}")
 
 
 POSITIVE = ("learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm", "target_kl", "worker_timeout")
@@ -378,11 +386,11 @@ class Policy:
         rows = slice(offset % TILE, offset % TILE + n)
         x = np.zeros((padded, len(self.mean)), np.float32)
         np.clip((obs - self.mean) * self.scale, -OBS_CLIP, OBS_CLIP, out=x[rows])
-        x = x.reshape(padded // TILE, TILE, -1)  # a leading dimension: NumPy multiplies tile by tile
+        x = x.reshape(padded // TILE, TILE, len(self.mean))  # a leading dimension: NumPy multiplies tile by tile
         for weight, bias in self.layers[:-1]:
             x = self.activation(x @ weight + bias)
         weight, bias = self.layers[-1]
-        out = (x @ weight + bias).reshape(padded, -1)[rows]
+        out = (x @ weight + bias).reshape(padded, len(bias))[rows]
         mean = out[:, : self.action_dim]
         if noise is None:
             return mean
@@ -756,13 +764,13 @@ class Task:
             raise UserError(f"--env-id {args.env_id} has unbounded actions; supported are finite bounds")
         spec = env.spec
         env.close()
-        hardcore = WALKERS.get(args.env_id)
-        fast = args.fast_walker and hardcore is not None
-        if fast and not fast_walker_agrees(args.env_id):
+        env_id = spec.id if spec.id in WALKERS else args.env_id  # "BipedalWalker" is the newest version of it
+        fast = args.fast_walker and env_id in WALKERS
+        if fast and not fast_walker_agrees(env_id):
             warn("the fast walker differs from Gymnasium's on this machine; using Gymnasium's")
             fast = False
         return cls(
-            env_id=args.env_id,
+            env_id=env_id,
             seed=args.seed,
             fast_walker=fast,
             obs_dim=int(np.prod(obs_space.shape)),
@@ -1935,10 +1943,7 @@ class Run:
         self.episodes = AppendLog(self.path / "episodes.csv", header, sizes.get("episodes"))
         self.wandb = None
         if args.track:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError('--track needs Weights and Biases: pip install "ppo_vec[track]"') from error
+            import wandb
 
             self.wandb = wandb.init(
                 project="ppo_vec", name=args.run_name, id=args.run_name, resume="allow", config=dataclasses.asdict(args)
@@ -2242,6 +2247,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
         args.validate()
         return args, None
 
+    if not where:
+        raise UserError("--resume and --evaluate need a run folder or a checkpoint")
     path, tree = read_checkpoint(where, policy=known.evaluate is not None)
     saved = saved_args(tree)
     if known.env_id not in (None, saved.env_id):
@@ -2324,7 +2331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (task.obs_dim, task.action_dim) != (len(policy.mean), policy.action_dim):
                 raise UserError(f"the checkpoint does not fit {args.env_id}: other observations or actions")
             if args.evaluate:
+                handler = signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # there is nothing to save
                 evaluate_run(args, task, policy)
+                signal.signal(signal.SIGINT, handler)
                 return 0
             if is_finished(checkpoint, args):
                 say(f"{Path(args.runs_dir) / args.run_name} is finished; a longer --total-timesteps would extend it")

@@ -202,7 +202,8 @@ class Trainer:
 
     def leaked(self) -> list[str]:
         """New files in shared memory that no living process uses, and in the run's temporary folder."""
-        names = set(os.listdir("/dev/shm")) - self.shared
+        # Named semaphores of other programs come and go; those of a forked worker have no name.
+        names = {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")} - self.shared
         for path in Path("/proc").glob("[0-9]*/maps") if names else ():  # those in use are another program's
             with contextlib.suppress(OSError):
                 used = path.read_text()
@@ -592,13 +593,15 @@ class Fuzz:
 
     def misshapen(self) -> bytes:
         """Torch's fused Adam writes past the end of a tensor that is too small: such a file can corrupt memory."""
-        tensors = [path for path in self.places if path[0] in ("agent", "optimizer") and self.is_tensor(path)]
+        place = self.rng.choice(
+            [path for path in self.places if path[0] in ("agent", "optimizer") and self.shape(path)]
+        )
         other = self.rng.choice((torch.zeros(()), torch.zeros(2), torch.zeros(1, 999), torch.zeros(1).expand(2, 3)))
-        return ppo_vec.encode(replaced(self.tree, self.rng.choice(tensors), other))
+        return ppo_vec.encode(replaced(self.tree, place, other))
 
-    def is_tensor(self, path: tuple[Any, ...]) -> bool:
+    def shape(self, path: tuple[Any, ...]) -> torch.Size | None:
         value = functools.reduce(lambda tree, key: tree[key], path, self.tree)
-        return isinstance(value, torch.Tensor)
+        return value.shape if isinstance(value, torch.Tensor) else None
 
     def run(self, count: int) -> None:
         """Tries `count` broken checkpoints, each kind as often; fills tried, outcomes and problems."""
@@ -697,9 +700,11 @@ def isolated(function: Callable[..., Any], *args: Any, limit: float = 280) -> An
     try:
         if not receiver.poll(limit):
             raise AssertionError(f"{function.__name__}{args} hangs: no result within {limit:g} s")
-        return receiver.recv()
+        result = receiver.recv()
+        process.join(10)
+        return result
     except EOFError:
-        process.join(5)
+        process.join(10)
         raise AssertionError(f"{function.__name__}{args} crashed: exit code {process.exitcode}") from None
     finally:
         process.kill()

@@ -1198,13 +1198,17 @@ def test_other_environments_train_end_to_end(
 
 @pytest.mark.learning
 @pytest.mark.timeout(300, method="thread")
-def test_a_walker_learns_to_walk_in_a_hundred_thousand_steps(tmp_path: Path, no_evaluation: None) -> None:
-    """Untrained policies have about -100; this setting had 52 to 251 with six seeds."""
-    _, tree = run_train(
-        tmp_path, env_id=WALKER, total_timesteps=100_000, num_steps=64, num_minibatches=8, update_epochs=10,
-        learning_rate=1e-3, anneal_lr=True, gamma=0.98, gae_lambda=0.9, reward_floor=-1.0,
-        actor_hidden_sizes=(64, 64), critic_hidden_sizes=(64, 64),
+def test_a_walker_learns_to_walk_within_a_hundred_thousand_steps() -> None:
+    """Untrained policies have -17 at best. This setting came to 128 or more with each of the seeds 1 to 8."""
+    args = Args(
+        total_timesteps=100_000, num_steps=64, learning_rate=1e-3, gamma=0.98, gae_lambda=0.85, reward_floor=-1.0
     )  # fmt: skip
-    task, seeds = Task.of(make_args()), [ppo_vec.SELECTION_SEEDS + i for i in range(20)]
-    episodes = run_episodes(task, ppo_vec.restore_policy(tree), seeds, as_published=False)
-    assert np.mean([ret for ret, _ in episodes]) > -20
+    means = []
+    with trainer(args) as t:
+        while max(means, default=-math.inf) < 50 and t.state.global_step < args.total_timesteps:
+            t.iterate()
+            if t.state.global_step >= (4 + len(means)) * 10_000:
+                chosen = [ppo_vec.SELECTION_SEEDS + i for i in range(20)]
+                episodes = t.envs.evaluate(t.state.agent.policy_arrays(), chosen, as_published=False)
+                means.append(float(np.mean([ret for ret, _ in episodes])))
+    assert max(means) > 50, means

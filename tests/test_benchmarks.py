@@ -1,0 +1,64 @@
+"""benchmarks/throughput.py in a tiny form: every row of ours is measured, a missing peer costs one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ppo_vec
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "throughput.py"
+# As if no peer were installed, wherever this runs.
+WITHOUT_PEERS = """
+import runpy, sys
+sys.modules |= dict.fromkeys(("envpool", "stable_baselines3", "skrl"))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess:
+    # The ppo_vec that Python finds, from a folder that has no other.
+    env = {**os.environ, "PYTHONPATH": str(Path(ppo_vec.__file__).parent)}
+    command = [sys.executable, "-c", WITHOUT_PEERS, str(SCRIPT), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path, env=env)
+
+
+@pytest.mark.timeout(120, method="thread")
+def test_a_tiny_run_measures_every_row_of_ours(tmp_path: Path) -> None:
+    size = ["--seconds", "0.02", "--repeats", "1", "--num-steps", "8", "--envs", "2", "3"]
+    done = run(tmp_path, "--quick", *size, "--out", "results")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "results" / "throughput-quick.json").read_text())
+    assert (tmp_path / "results" / "throughput-quick.md").read_text().strip() == done.stdout.strip()
+    assert (tmp_path / "results" / "throughput-quick.png").read_bytes().startswith(b"\x89PNG")
+
+    about = report["about"]
+    assert {"command", "git_commit", "versions", "cpu", "cores", "date", "policy"} <= set(about)
+    for row in report["rows"]:
+        if row["name"].startswith(("EnvPool", "SB3", "skrl")):
+            assert "median" not in row
+            assert row["note"] == 'not installed: pip install -e ".[bench]"'
+            lines = [line for line in done.stdout.splitlines() if row["name"] in line and row["note"] in line]
+            assert len(lines) == 1
+        else:
+            assert row["note"] == ""
+            assert 0 < row["min"] <= row["median"] <= row["max"]
+    for goal in report["goals"]:
+        needs_peer = any(peer in goal["measure"] for peer in ("EnvPool", "SB3"))
+        needs_cores = "from 1 to 2 workers" in goal["measure"] and about["cores"] < 2
+        assert (goal["met"] is None) == (needs_peer or needs_cores), goal
+    assert all(seconds >= 0 for parts in report["time_split"].values() for seconds in parts.values())
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_a_policy_that_is_not_there_is_an_error_of_one_line(tmp_path: Path) -> None:
+    done = run(tmp_path, "--quick", "--policy", "nowhere")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "throughput.py: error: there is no checkpoint at nowhere"
+    assert not list(tmp_path.iterdir())

@@ -490,7 +490,7 @@ def ppo_loss(
     count = mask.sum()
     weight = mask / count.clamp(min=1)
     logprob, entropy = agent.log_prob_entropy(x, actions)
-    logratio = logprob - old_logprob
+    logratio = (logprob - old_logprob) * mask  # a masked row's ratio might not be finite
     ratio = logratio.exp()
     if norm_adv:
         advantage = advantage - advantage @ weight
@@ -640,10 +640,13 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
 
     The workers act with a NumPy copy of the policy on noise drawn here, one message per rollout. Values and log
     probabilities are then computed in one pass by the network that the update differentiates, from the same raw
-    observations and unclipped actions. Returns the episodes that ended. `state` moves on only if all went well.
+    observations and unclipped actions. Returns the episodes that ended. A rollout that fails raises, and leaves the
+    environments' state as it was.
     """
     noise = state.noise_rng.standard_normal((args.num_steps, args.num_envs, envs.action_dim), dtype=np.float32)
     data = envs.rollout(state.agent.policy_arrays(), noise)
+    if state.envs.started:
+        state.reward_scaler.returns[data.restarted] = 0.0  # could not be replayed: a new episode
     valid, episodes = state.envs.advance(data, state.global_step)
     state.global_step += int(valid.sum())
     state.episode_count += len(episodes)

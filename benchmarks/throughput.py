@@ -269,6 +269,7 @@ def independent(bench: Bench, args: pv.Args) -> Iterator[float]:
             target_args = end, bench, args.num_envs, start, stop, os.getpid()
             processes.append(context.Process(target=step_on, args=target_args, daemon=True))
             processes[-1].start()
+            end.close()  # so that recv() ends if the process does
             pipes.append(pipe)
         while True:
             for pipe in pipes:
@@ -280,6 +281,7 @@ def independent(bench: Bench, args: pv.Args) -> Iterator[float]:
 
 
 def step_on(pipe: Any, bench: Bench, num_envs: int, start: int, stop: int, parent: int) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     block, rng = bench.block(num_envs, start, stop, trainer=parent), np.random.default_rng(start)
     obs, done = block.obs, block.done
     while True:

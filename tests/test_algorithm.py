@@ -1112,6 +1112,37 @@ def test_evaluation_is_the_same_from_a_checkpoint_and_however_it_is_split() -> N
     assert_same(dict(agent.state_dict()), before)
 
 
+@processes
+def test_a_rows_place_in_its_tile_does_not_follow_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some processors the bits of a row depend on its place in a matrix product. Here they do, on every one."""
+    places = np.arange(TILE, dtype=np.float32)[:, None]
+    monkeypatch.setitem(ppo_vec.ACTIVATIONS, "tanh", (torch.nn.Tanh, lambda x: np.tanh(x + places / 10)))
+    args, task, chosen = make_args(num_envs=10, num_steps=16), short_task(WALKER, 40), list(range(11))
+    agent = make_agent(args, 24, 4)
+    policy, obs = task.policy(agent), np.random.default_rng(0).normal(size=(10, 24)).astype(np.float32)
+    whole = policy.sample(obs)
+    assert not np.allclose(policy.sample(obs, offset=1), whole)
+    for cut in range(1, 10):
+        assert_same(np.concatenate((policy.sample(obs[:cut]), policy.sample(obs[cut:], offset=cut))), whole)
+
+    results = []
+    noise = np.random.default_rng(1).standard_normal((16, 10, 4), np.float32)
+    for num_workers in (1, 2, 3, 4):
+        with VecEnv(dataclasses.replace(args, num_workers=num_workers), task, EnvState(10, 24)) as envs:
+            rollout = envs.rollout(agent.policy_arrays(), noise)
+            episodes = envs.evaluate(agent.policy_arrays(), chosen, as_published=False)
+            results.append((rollout.obs.copy(), rollout.actions.copy(), episodes))
+        assert_same(results[0], results[-1])
+    assert results[0][-1] == run_episodes(task, policy, chosen, as_published=False)
+
+
+def test_tests_run_in_the_published_environment() -> None:
+    for env_id in (WALKER, "BipedalWalkerHardcore-v3"):
+        published, own = (Task.of(make_args(env_id=env_id)).make_env(as_published=p) for p in (True, False))
+        assert type(published.unwrapped) is type(gym.make(env_id).unwrapped)
+        assert isinstance(own.unwrapped, ppo_vec.FreshWalker)
+
+
 @pytest.mark.parametrize("env_id", [PENDULUM, LANDER])
 def test_evaluation_equals_published_environments_stepped_by_hand(env_id: str) -> None:
     args = make_args(env_id=env_id)

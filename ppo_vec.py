@@ -26,7 +26,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -210,12 +210,6 @@ class Args:
         for flag, name in (("--run-name", self.run_name), ("--exp-name", self.exp_name)):
             plain = name is None or (Path(name).name == name and name != "..")
             check(plain, f"{flag} {name!r} must be a plain folder name")
-        for flag, wanted, module in (
-            ("--track", self.track, "wandb"),
-            ("--capture-video", self.capture_video, "imageio_ffmpeg"),
-        ):
-            missing = wanted and importlib.util.find_spec(module) is None
-            check(not missing, f"{flag} needs a package: pip install {module.replace('_', '-')}")
 
 
 POSITIVE = ("learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm", "target_kl", "worker_timeout")
@@ -2307,6 +2301,17 @@ def is_finished(checkpoint: dict[str, Any], args: Args) -> bool:
     return checkpoint.get("finished") is True and isinstance(step, int) and step >= args.total_timesteps
 
 
+def check_extras(args: Args) -> None:
+    """Raises UserError for a flag whose package is missing: hours later would be a bad time to find out."""
+    extras = (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "imageio_ffmpeg"))
+    for flag, wanted, module in extras:
+        try:
+            if wanted:
+                importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"{flag} needs a package: pip install {module.replace('_', '-')}") from error
+
+
 def prepare_folder(args: Args) -> Args:
     """Names and makes the run folder. Raises UserError if it cannot be written or holds another run."""
     name = args.run_name or f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -2326,6 +2331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 training failed, 2 bad input, 130 or 143 stopped by a signal."""
     try:
         args, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
+        check_extras(args)
         task = Task.of(args)
         if checkpoint is None:
             args = prepare_folder(args)

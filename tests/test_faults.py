@@ -211,6 +211,7 @@ def test_first_signal_saves_and_exits(reference: faults.Reference, run: Path, nu
     result = trainer.finish().check(code)
     assert result.seconds < 8
     assert f"--resume {run}" in result.err
+    assert "starting new workers" not in result.err
     stopped = checked_checkpoint(run)
     assert before < stopped["global_step"] < 4000
     Trainer(*faults.resume_args(run)).finish().check()
@@ -292,11 +293,12 @@ def before_rollout(monkeypatch: pytest.MonkeyPatch, action: Callable[[ppo_vec.Ve
     monkeypatch.setattr(ppo_vec.VecEnv, "rollout", rollout)
 
 
+@pytest.mark.parametrize("which", [2, 3], ids=["at an episode's end", "in an episode"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_lost_worker_between_rollouts(run: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_lost_worker_between_rollouts(run: Path, monkeypatch: pytest.MonkeyPatch, number: int, which: int) -> None:
     args = (*tiny(), "--worker-timeout", "1")
     expected = undisturbed(run, *args)
-    before_rollout(monkeypatch, lambda envs: os.kill(envs.workers.processes[1].pid, number), which=3)
+    before_rollout(monkeypatch, lambda envs: os.kill(envs.workers.processes[1].pid, number), which)
     assert train(run, *args) == 0
     assert_same(run, expected)
 

@@ -604,10 +604,11 @@ class Fuzz:
 
     def misshapen(self) -> bytes:
         """Torch's fused Adam writes past the end of a tensor that is too small: such a file can corrupt memory."""
-        place = self.rng.choice(
-            [path for path in self.places if path[0] in ("agent", "optimizer") and self.shape(path)]
-        )
-        other = self.rng.choice((torch.zeros(()), torch.zeros(2), torch.zeros(1, 999), torch.zeros(1).expand(2, 3)))
+        nets = [path for path in self.places if path[0] in ("agent", "optimizer")]
+        tensors = [path for path in nets if math.prod(self.shape(path) or ()) > 1]
+        place = self.rng.choice(tensors)
+        hollow = torch.zeros(1).expand(self.shape(place))  # of the right shape, with the memory of one number
+        other = self.rng.choice((torch.zeros(()), torch.zeros(2), torch.zeros(1, 999), hollow))
         return ppo_vec.encode(replaced(self.tree, place, other))
 
     def shape(self, path: tuple[Any, ...]) -> torch.Size | None:

@@ -118,7 +118,11 @@ BAD_ARGUMENTS = [
     "--num-workers 5 --num-envs 4",
     *(f"--learning-rate {value}" for value in ("nan", "inf", "0", "-0.001")),
     *(f"--critic-learning-rate {value}" for value in ("nan", "0", "-1")),
-    *(f"--{flag} {value}" for flag in ("gamma", "gae-lambda", "value-lambda") for value in ("-0.1", "1.1", "nan")),
+    *(
+        f"--{flag} {value}"
+        for flag in ("gamma", "final-gamma", "gae-lambda", "value-lambda")
+        for value in ("-0.1", "1.1", "nan")
+    ),
     *(f"--{flag} {value}" for flag in ("clip-coef", "max-grad-norm", "target-kl") for value in ("0", "-1", "inf")),
     *(f"--{flag} {value}" for flag in ("ent-coef", "vf-coef") for value in ("-1", "nan")),
     *(f"--worker-timeout {value}" for value in ("0", "-1", "nan", "inf", "1e300")),
@@ -343,14 +347,22 @@ def test_episodes_csv(trained: Path) -> None:
     assert [(s, float(row["length"])) for s, row in zip(steps, rows, strict=True)] == scalars["charts/episodic_length"]
     times = [float(row["time_s"]) for row in rows]
     assert times == sorted(times)
-    for env in range(4):  # an environment's episodes follow each other without a gap, as far as steps were taken
-        lengths = [int(row["length"]) for row in rows if int(row["env"]) == env]
-        assert sum(lengths) <= max(steps)
-        assert all(1 <= length <= 1600 for length in lengths)
     tree = ppo_vec.decode((trained / "checkpoint.pt").read_bytes())
     assert tree["episode_count"] == len(rows)
-    unfinished = tree["envs"]["lengths"].sum().item()
-    assert sum(int(row["length"]) for row in rows) + unfinished == tree["global_step"]
+    for env in range(4):
+        lengths = [int(row["length"]) for row in rows if int(row["env"]) == env]
+        assert all(1 <= length <= 1600 for length in lengths)
+        taken = sum(lengths) + tree["envs"]["lengths"][env].item()  # with those of the episode under way
+        resets = len(lengths) - tree["envs"]["done"][env].item()
+        assert taken == tree["iteration"] * 64 - resets
+
+
+def test_best_is_the_best(trained: Path) -> None:
+    tree, best = (ppo_vec.decode((trained / name).read_bytes()) for name in ("checkpoint.pt", "best.pt"))
+    means = [candidate["evaluation"]["mean"] for candidate in tree["candidates"]]
+    assert len(means) > 1
+    assert best["evaluation"]["mean"] == max(means)
+    assert best["evaluation"]["mean"] >= tree["evaluations"][-1]["mean"]
 
 
 def test_args_json(trained: Path) -> None:
@@ -429,7 +441,7 @@ def test_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     assert outputs[2] == outputs[3]
-    assert outputs[0] != outputs[2]
+    assert outputs[0].split(":")[1] != outputs[2].split(":")[1]
     summary = json.loads((trained / "summary.json").read_text())
     assert f"{summary['eval_mean']:.1f} +- {summary['eval_std']:.1f}" in outputs[0]
     assert "deterministic" in outputs[0]

@@ -336,7 +336,7 @@ def test_worker_that_always_fails(run: Path, capsys: pytest.CaptureFixture[str],
 
 def test_slow_resets_are_no_hang(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A worker resets many environments in a row; each is progress."""
-    assert train(run, *tiny("slow-reset", 32), "--worker-timeout", "1") == 0
+    assert train(run, *tiny("slow-reset", 40), "--eval-episodes", "8", "--worker-timeout", "1") == 0
     assert "took no step" not in capsys.readouterr().err
 
 
@@ -378,10 +378,13 @@ def test_number_from_an_environment_is_named(
     checked_checkpoint(run)
 
 
-def test_number_from_training_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(run, *tiny("", 1000), "--learning-rate", "1e18") == 1
+@pytest.mark.parametrize(
+    ("argv", "named"), [("--learning-rate 1e18", r"actions of environment \d"), ("--vf-coef 1e38", r"losses/\w+ is")]
+)
+def test_number_from_training_is_named(run: Path, capsys: pytest.CaptureFixture[str], argv: str, named: str) -> None:
+    assert train(run, *tiny("", 1000), *argv.split()) == 1
     err = capsys.readouterr().err
-    assert re.search(r"ppo_vec\.py: error: .*(losses/\w+ is|actions of environment \d).*(nan|inf)", err), err
+    assert re.search(rf"ppo_vec\.py: error: .*{named}.*(nan|inf)", err), err
     assert "Traceback" not in err
     checked_checkpoint(run)
 
@@ -439,20 +442,20 @@ def test_full_disk_for_a_while(
     assert_same(run, expected)
 
 
-def test_full_disk_while_evaluating(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("name", ["rank_candidates", "Run.write_summary"])
+def test_full_disk_for_results(run: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """best.pt and summary.json are written at evaluations only; one that failed is made good for later."""
     expected = undisturbed(run)
     disk = Disk(run, monkeypatch, errno.ENOSPC)
-    real = ppo_vec.evaluate_progress
+    owner = ppo_vec.Run if "." in name else ppo_vec
+    real = getattr(owner, name.split(".")[-1])
 
-    def evaluate_progress(*args: Any) -> None:
+    def on_full_disk(*args: Any) -> None:
         disk.full = True
         real(*args)
         disk.full = False
 
-    monkeypatch.setattr(ppo_vec, "evaluate_progress", evaluate_progress)
+    monkeypatch.setattr(owner, name.split(".")[-1], on_full_disk)
     assert train(run, *tiny()) == 0
     assert disk.refused
     assert_same(run, expected)

@@ -213,7 +213,7 @@ def last_bit_wrong(cast_rays: Callable) -> Callable:
 BROKEN = {
     "TORQUE_COST": ppo_vec.TORQUE_COST * (1 + 1e-6),
     "MOTOR_SPEEDS": np.nextafter(ppo_vec.MOTOR_SPEEDS, np.float32(9)),
-    "RAY_X": ppo_vec.RAY_X + 1e-6,
+    "NEAR_EDGES": 8,
     "FINISH": 0.0,
     "cast_rays": last_bit_wrong(ppo_vec.cast_rays),
 }

@@ -44,7 +44,8 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +109,7 @@ class Args:
     critic_learning_rate: float | None = None
     """the critic's own learning rate; default --learning-rate"""
     anneal_lr: bool = True
-    """let the learning rates fall linearly to zero over --total-timesteps"""
+    """let the learning rates and --ent-coef fall linearly to zero over --total-timesteps"""
     gamma: float = 0.99
     """the discount factor"""
     final_gamma: float | None = None
@@ -134,7 +135,7 @@ class Args:
     max_grad_norm: float = 0.5
     """the largest gradient norm, of actor and critic each"""
     target_kl: float | None = None
-    """end an update before the minibatch whose approximate KL divergence passes this"""
+    """end the actor's update before the minibatch whose approximate KL divergence passes this"""
     reward_floor: float = -10.0
     """lower bound of the normalised reward at the start; -1 softens a fall's -100. Deepens to -10 by the end"""
     compile: bool = False
@@ -236,11 +237,23 @@ class TrainingError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class TanhFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.sigmoid(x + x).mul_(2).sub_(1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.ops.aten.tanh_backward(grad, *ctx.saved_tensors)
+
+
 class Tanh(nn.Module):
-    """tanh(x) = 2 sigmoid(2x) - 1. On a CPU torch's tanh costs as much as the matrix product before it, this half."""
+    """2 sigmoid(2x) - 1, which is tanh(x). On a CPU torch's own costs as much as the matrix product before it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(-torch.ones((), device=x.device), torch.sigmoid(x + x), alpha=2)
+        return TanhFunction.apply(x)
 
 
 ACTIVATIONS: dict[str, tuple[type[nn.Module], Callable[[np.ndarray], np.ndarray]]] = {
@@ -323,12 +336,12 @@ class Agent(nn.Module):
             self.actor.register_parameter("logstd", nn.Parameter(torch.zeros(action_dim)))
 
     def mean_logstd(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised observations (..., obs_dim) -> the Gaussian's mean and log deviation, (..., action_dim) each."""
+        """Normalised observations (..., obs_dim) -> the Gaussian's mean (..., action_dim) and log deviation."""
         out = self.actor(x)
         if self.state_dependent_std:
             mean, logstd = out.chunk(2, dim=-1)
             return mean, logstd.clamp(LOGSTD_MIN, LOGSTD_MAX)
-        return out, self.actor.logstd.expand_as(out)
+        return out, self.actor.logstd
 
     def value(self, x: Tensor) -> Tensor:
         """Normalised observations (..., obs_dim) -> values (...)."""
@@ -338,9 +351,9 @@ class Agent(nn.Module):
         """Log density of unclipped `actions` (..., action_dim) and the Gaussian's entropy, (...) each, in nats."""
         mean, logstd = self.mean_logstd(x)
         z = (actions - mean) * (-logstd).exp()
-        log_prob = -(0.5 * z.square() + logstd).sum(-1) - 0.5 * LOG_2PI * actions.shape[-1]
-        entropy = logstd.sum(-1) + 0.5 * (1 + LOG_2PI) * actions.shape[-1]
-        return log_prob, entropy
+        volume = logstd.sum(-1) + 0.5 * LOG_2PI * actions.shape[-1]
+        log_prob = -0.5 * z.square().sum(-1) - volume
+        return log_prob, (volume + 0.5 * actions.shape[-1]).expand_as(log_prob)
 
     def policy_arrays(self) -> list[np.ndarray]:
         """What Policy needs, as float32 NumPy arrays: mean, scale, deviation, then each layer's weight.T and bias."""
@@ -465,52 +478,89 @@ class Rollout:
         )
 
 
-METRICS = (
-    "policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm"
-)  # fmt: skip
+POLICY_METRICS = "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"
+KL = POLICY_METRICS.index("approx_kl")
 
 
-def ppo_loss(
-    agent: Agent, x: Tensor, actions: Tensor, columns: Tensor, clip_coef: float, clip_vloss: bool, norm_adv: bool,
-    ent_coef: float, vf_coef: float,
+def policy_loss(
+    agent: Agent, x: Tensor, actions: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor,
+    clip_coef: float, ent_coef: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The clipped PPO loss of one minibatch (arXiv:1707.06347, equation 9).
+    """The clipped loss of one minibatch (arXiv:1707.06347, equation 7), less the entropy bonus.
 
-    Args: x (B, obs_dim) normalised observations, actions (B, action_dim), columns (5, B): the rows' old log
-    probability, advantage, return, old value and mask. Every mean is over the rows whose mask is 1.
-    Returns: the loss, and the first six of METRICS without gradient.
+    Args: x (B, obs_dim) normalised observations, actions (B, action_dim); old_logprob, advantage and weight (B,). The
+    weights of a minibatch sum to 1 and are 0 for rows that are masked out, so that `rows @ weight` is their mean.
+    Returns: the loss, and POLICY_METRICS without gradient.
     """
-    old_logprob, advantage, returns, old_value, mask = columns
-    count = mask.sum()
-    weight = mask / count.clamp(min=1)
     logprob, entropy = agent.log_prob_entropy(x, actions)
-    logratio = (logprob - old_logprob) * mask  # a masked row's ratio might not be finite
+    logratio = (logprob - old_logprob) * (weight > 0)  # a masked row's ratio might not be finite
     ratio = logratio.exp()
-    if norm_adv:
-        advantage = advantage - advantage @ weight
-        std = (advantage.square() @ mask / (count - 1).clamp(min=1)).sqrt()  # unbiased, as torch.std
-        advantage = advantage / (std + 1e-8)
-    policy_loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef))
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    loss = -torch.minimum(advantage * ratio, advantage * clipped) @ weight
+    entropy = entropy @ weight
+    with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+        metrics = torch.stack((-logratio, ratio - 1 - logratio, (ratio != clipped).float())) @ weight
+    return loss - ent_coef * entropy, torch.cat((torch.stack((loss, entropy)).detach(), metrics))
+
+
+def value_loss(
+    agent: Agent, x: Tensor, returns: Tensor, old_value: Tensor, weight: Tensor,
+    clip_coef: float, clip_vloss: bool, vf_coef: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Half the mean squared error of one minibatch's values, times vf_coef.
+
+    Args: x (B, obs_dim) normalised observations; returns, old_value and weight (B,), as in policy_loss.
+    Returns: the loss, and half the error (1,) without gradient.
+    """
     value = agent.value(x)
-    value_loss = (value - returns).square()
+    error = (value - returns).square()
     if clip_vloss:
         clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
-        value_loss = torch.maximum(value_loss, (clipped - returns).square())
-    with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
-        kl = ratio - 1 - logratio
-        clipped_rows = ((ratio - 1).abs() > clip_coef).float()
-    means = torch.stack((policy_loss, 0.5 * value_loss, entropy, -logratio, kl, clipped_rows)) @ weight
-    return means[0] + vf_coef * means[1] - ent_coef * means[2], means.detach()
+        error = torch.maximum(error, (clipped - returns).square())
+    loss = 0.5 * (error @ weight)
+    return vf_coef * loss, loss.detach().view(1)
+
+
+def normalize_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Each minibatch, a row of (M, B), to mean 0 and deviation 1 over the entries whose mask is 1."""
+    count = mask.sum(1, keepdim=True)
+    centred = advantages - (advantages * mask).sum(1, keepdim=True) / count.clamp(min=1)
+    variance = (centred.square() * mask).sum(1, keepdim=True) / (count - 1).clamp(min=1)  # unbiased, as torch.std
+    return centred / (variance.sqrt() + 1e-8)
+
+
+def descend(
+    net: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., tuple[Tensor, Tensor]],
+    epochs: Iterable[Sequence[Tensor]], max_grad_norm: float, target_kl: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Steps `net` down the `loss` of each minibatch of each epoch's (num_minibatches, minibatch_size, ...) tensors.
+
+    Returns: a row for each step, the loss's metrics and the gradient's norm before clipping.
+    """
+    parameters, (flat,) = list(net.parameters()), optimizer.param_groups[0]["params"]
+    rows = []
+    for minibatch in itertools.chain.from_iterable(zip(*epoch) for epoch in epochs):
+        value, metrics = loss(*minibatch)
+        # Before the step, so that no step is taken on a policy that has gone too far already (SB3).
+        if target_kl is not None and metrics[KL] > target_kl:
+            break
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+        norm = gradient.norm()
+        flat.grad = gradient.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        optimizer.step()
+        rows.append(torch.cat((metrics, norm.view(1))))
+    return torch.stack(rows).cpu() if rows else torch.zeros(1, len(metrics) + 1)
 
 
 def update(
-    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args, rng: torch.Generator,
-    loss_fn: Callable[..., tuple[Tensor, Tensor]] = ppo_loss,
+    agent: Agent, optimizers: Sequence[torch.optim.Optimizer], rollout: Rollout, args: Args, rng: torch.Generator,
+    losses: Sequence[Callable[..., tuple[Tensor, Tensor]]] = (policy_loss, value_loss),
 ) -> dict[str, float]:  # fmt: skip
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns means over its minibatches.
 
     Advantages are computed once. Minibatches are equal slices of a shuffle over all rows, reset rows included, so that
-    shapes never change; the mask keeps those rows out of every mean, and zeros in them keep it finite.
+    shapes never change; the mask keeps those rows out of every mean, and zeros in them keep it finite. Actor and
+    critic share nothing but the minibatches: each is clipped and stepped on its own, the two side by side.
     Raises TrainingError for a loss or gradient that is not finite.
     """
     rewards = torch.where(rollout.valid, rollout.rewards, 0.0)
@@ -523,61 +573,74 @@ def update(
 
     b_obs = agent.normalizer(rollout.obs[:-1]).flatten(0, 1)
     b_actions = torch.where(rollout.valid[..., None], rollout.actions, 0.0).flatten(0, 1)
-    b_columns = torch.stack((rollout.logprobs, advantages, returns, rollout.values[:-1], rollout.valid.float()))
-    b_columns = torch.where(rollout.valid, b_columns, 0.0).flatten(1)
-    nets = agent.actor, agent.critic
-    for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate)):
-        group["lr"] = args.learning_rate if rate is None else rate
-    size = args.minibatch_size
-    metrics: list[Tensor] = []
-    for _ in range(args.update_epochs):
-        order = torch.randperm(args.batch_size, generator=rng).to(b_obs.device)
-        e_obs, e_actions, e_columns = b_obs[order], b_actions[order], b_columns[:, order]  # gathered once an epoch
-        for start in range(0, args.batch_size, size):
-            rows = slice(start, start + size)
-            loss, means = loss_fn(
-                agent, e_obs[rows], e_actions[rows], e_columns[:, rows],
-                args.clip_coef, args.clip_vloss, args.norm_adv, args.ent_coef, args.vf_coef,
-            )  # fmt: skip
-            # Before the step, so that no step is taken on a policy that has gone too far already (SB3).
-            if args.target_kl is not None and means[4] > args.target_kl:
-                break
-            gradients = iter(torch.autograd.grad(loss, [p for net in nets for p in net.parameters()]))
-            norms = []
-            for net, group in zip(nets, optimizer.param_groups):
-                flat = torch.cat([next(gradients).flatten() for _ in net.parameters()])
-                norms.append(flat.norm())
-                # Actor and critic are clipped each on its own: a poor critic does not slow the actor down.
-                group["params"][0].grad = flat.mul_((args.max_grad_norm / (norms[-1] + 1e-6)).clamp(max=1.0))
-            optimizer.step()
-            metrics.append(torch.cat((means, torch.stack(norms).norm().view(1))))
-        else:
-            continue
-        break
-    table = torch.stack(metrics).cpu() if metrics else torch.zeros(1, len(METRICS))
-    bad = (~table.isfinite()).nonzero()
-    if len(bad):
-        raise TrainingError(f"losses/{METRICS[bad[0, 1]]} is {table[tuple(bad[0])]} in minibatch {int(bad[0, 0])}")
+    b_logprobs, b_advantages, b_returns, b_values = (
+        torch.where(rollout.valid, t, 0.0).flatten()
+        for t in (rollout.logprobs, advantages, returns, rollout.values[:-1])
+    )
+    b_mask = rollout.valid.float().flatten()
+    # The rows of each epoch's minibatches, (num_minibatches, minibatch_size); an epoch's data is gathered at once.
+    epochs = [
+        torch.randperm(args.batch_size, generator=rng).view(args.num_minibatches, -1).to(b_obs.device)
+        for _ in range(args.update_epochs)
+    ]
 
-    valid = rollout.valid.flatten()
-    y, pred = returns.flatten()[valid], rollout.values[:-1].flatten()[valid]
-    result = dict(zip(METRICS, table.mean(0).tolist()))
-    result["explained_variance"] = float(1 - (y - pred).var() / y.var()) if y.numel() > 1 and y.var() > 0 else 0.0
-    return result
+    def weight(rows: Tensor) -> Tensor:
+        return b_mask[rows] / b_mask[rows].sum(1, keepdim=True).clamp(min=1)
+
+    def advantage(rows: Tensor) -> Tensor:
+        return normalize_advantages(b_advantages[rows], b_mask[rows]) if args.norm_adv else b_advantages[rows]
+
+    actor_data = ((b_obs[i], b_actions[i], b_logprobs[i], advantage(i), weight(i)) for i in epochs)
+    critic_data = ((b_obs[i], b_returns[i], b_values[i], weight(i)) for i in epochs)
+    actor_loss = functools.partial(losses[0], agent, clip_coef=args.clip_coef, ent_coef=args.ent_coef)
+    critic_loss = functools.partial(
+        losses[1], agent, clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, vf_coef=args.vf_coef
+    )
+    for optimizer, rate in zip(optimizers, (args.learning_rate, args.critic_learning_rate)):
+        optimizer.param_groups[0]["lr"] = args.learning_rate if rate is None else rate
+    tables = side_by_side(
+        lambda: descend(agent.actor, optimizers[0], actor_loss, actor_data, args.max_grad_norm, args.target_kl),
+        lambda: descend(agent.critic, optimizers[1], critic_loss, critic_data, args.max_grad_norm),
+    )
+    metrics: dict[str, float] = {}
+    for table, names in zip(tables, ((*POLICY_METRICS, "policy_grad_norm"), ("value_loss", "value_grad_norm"))):
+        bad = (~table.isfinite()).nonzero().tolist()
+        if bad:
+            row, column = bad[0]
+            raise TrainingError(f"losses/{names[column]} is {table[row, column]} in minibatch {row}")
+        metrics.update(zip(names, table.mean(0).tolist()))
+
+    y, pred = returns[rollout.valid], rollout.values[:-1][rollout.valid]
+    explained = float(1 - (y - pred).var() / y.var()) if y.numel() > 1 and y.var() > 0 else 0.0
+    norm = math.hypot(metrics.pop("policy_grad_norm"), metrics.pop("value_grad_norm"))
+    return {**metrics, "grad_norm": norm, "explained_variance": explained}
 
 
-def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
-    """Adam with two groups, actor and critic: each clipped on its own, each with its own learning rate.
+BESIDE = ThreadPoolExecutor(1, "beside")
+
+
+def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
+    """Both results; `second` is computed in a thread: torch lets go of the interpreter while it works."""
+    other = BESIDE.submit(second)
+    try:
+        return first(), other.result()
+    finally:
+        wait([other])
+
+
+def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.optim.Adam]:
+    """One Adam for the actor and one for the critic. Call it after the agent has moved to its device.
 
     Each network's parameters become views of one flat tensor, which is what Adam steps: on networks this small most
-    of an optimizer's time is the handling of many little tensors. Call it after the agent has moved to its device.
+    of an optimizer's time is the handling of many little tensors.
     """
-    groups = []
-    for net in (agent.actor, agent.critic):
+
+    def adam(net: nn.Module) -> torch.optim.Adam:
         flat = nn.Parameter(nn.utils.parameters_to_vector(net.parameters()).detach())
         nn.utils.vector_to_parameters(flat.data, net.parameters())  # sets each p.data to its view
-        groups.append({"params": [flat]})
-    return torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)  # eps: 37 details, no. 3
+        return torch.optim.Adam([flat], lr=args.learning_rate, eps=1e-5, fused=True)  # eps: 37 details, no. 3
+
+    return adam(agent.actor), adam(agent.critic)
 
 
 def scheduled(args: Args, global_step: int) -> Args:
@@ -597,6 +660,7 @@ def scheduled(args: Args, global_step: int) -> Args:
         args,
         learning_rate=left * args.learning_rate,
         critic_learning_rate=left * (args.critic_learning_rate or args.learning_rate),
+        ent_coef=left * args.ent_coef,
         gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
         reward_floor=-geometric(-args.reward_floor, REWARD_CLIP),
     )
@@ -608,6 +672,7 @@ def scheduled(args: Args, global_step: int) -> Args:
 
 
 REWARD_CLIP = 10.0
+CHUNK = 1024  # rows of a forward pass: more of them at once would leave the processor's cache
 
 
 class RewardScaler:
@@ -621,7 +686,7 @@ class RewardScaler:
         """Merges a rollout's discounted returns. rewards, valid: (T, N); rows that are not valid start an episode."""
         returns = np.empty(rewards.shape)
         for t in range(len(rewards)):
-            self.returns = returns[t] = np.where(valid[t], gamma * self.returns + rewards[t], 0.0)
+            self.returns = returns[t] = (gamma * self.returns + rewards[t]) * valid[t]
         self.moments.update(torch.from_numpy(returns).view(-1, 1), torch.from_numpy(valid).view(-1))
 
     def scale(self, rewards: np.ndarray, floor: float = -REWARD_CLIP) -> np.ndarray:
@@ -655,10 +720,20 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     store(rollout.terminated, data.terminated)
     store(rollout.truncated, data.truncated)
     store(rollout.valid, valid)
-    with torch.no_grad():
-        x = state.agent.normalizer(rollout.obs)
-        rollout.values.copy_(state.agent.value(x))
-        rollout.logprobs.copy_(state.agent.log_prob_entropy(x[:-1], rollout.actions)[0])
+    x = state.agent.normalizer(rollout.obs).flatten(0, 1)
+
+    @torch.no_grad()
+    def values() -> None:
+        for out, rows in zip(rollout.values.flatten().split(CHUNK), x.split(CHUNK)):
+            out.copy_(state.agent.value(rows))
+
+    @torch.no_grad()
+    def logprobs() -> None:
+        batch = rollout.logprobs.flatten(), x, rollout.actions.flatten(0, 1)  # x is longer: by the last observations
+        for out, rows, actions in zip(*(t.split(CHUNK) for t in batch)):
+            out.copy_(state.agent.log_prob_entropy(rows[: len(actions)], actions)[0])
+
+    side_by_side(values, logprobs)
     return episodes
 
 
@@ -675,7 +750,7 @@ def train(args: Args, task: Task, checkpoint: dict[str, Any] | None = None) -> R
         state.load(checkpoint)
         state.finished = False
     rollout = Rollout.allocate(args, task.obs_dim, task.action_dim, device)
-    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
+    losses = [torch.compile(loss) if args.compile else loss for loss in (policy_loss, value_loss)]
 
     with Run(args, task, state, checkpoint) as run, VecEnv(args, task, state.envs) as envs:
         run.save(state)
@@ -684,7 +759,7 @@ def train(args: Args, task: Task, checkpoint: dict[str, Any] | None = None) -> R
             now = scheduled(args, state.global_step)
             episodes = collect(envs, state, rollout, now)
             collected = time.perf_counter()
-            metrics = update(state.agent, state.optimizer, rollout, now, state.shuffle_rng, loss_fn)
+            metrics = update(state.agent, state.optimizers, rollout, now, state.shuffle_rng, losses)
             state.agent.normalizer.update(rollout.obs[:-1].flatten(0, 1), rollout.valid.flatten())
             updated = time.perf_counter()
 
@@ -1433,7 +1508,7 @@ class State:
         torch.manual_seed(int(init.generate_state(1)[0]))
         self.args, self.task = args, task
         self.agent = task.agent(args).to(device)
-        self.optimizer = make_optimizer(self.agent, args)
+        self.optimizers = make_optimizers(self.agent, args)
         self.reward_scaler = RewardScaler(args.num_envs)
         self.noise_rng = np.random.Generator(np.random.PCG64(noise))
         self.shuffle_rng = torch.Generator().manual_seed(int(shuffle.generate_state(1)[0]))
@@ -1462,7 +1537,7 @@ class State:
         scaler = self.reward_scaler
         return {
             **policy_dict(self.agent, self.args, self.task),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "reward_scaler": {**scaler.moments.state_dict(), "returns": torch.from_numpy(scaler.returns)},
             "noise_rng": self.noise_rng.bit_generator.state,
             "shuffle_rng": self.shuffle_rng.get_state(),
@@ -1473,12 +1548,13 @@ class State:
 
     def like(self, saved: dict[str, Any]) -> dict[str, Any]:
         """What `saved` must look like: this state's dict, with as many entries in its lists as `saved` has."""
-        own, groups = self.state_dict(), self.optimizer.param_groups
-        if saved["optimizer"]["state"]:
-            own["optimizer"]["state"] = {
-                i: {"step": torch.zeros(()), "exp_avg": g["params"][0].data, "exp_avg_sq": g["params"][0].data}
-                for i, g in enumerate(groups)
-            }
+        own = self.state_dict()
+        for i, optimizer in enumerate(self.optimizers):
+            (flat,) = optimizer.param_groups[0]["params"]
+            if saved["optimizers"][i]["state"]:
+                own["optimizers"][i]["state"] = {
+                    0: {"step": torch.zeros(()), "exp_avg": flat.data, "exp_avg_sq": flat.data}
+                }
         row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0)], self.task.goal)}
         own["evaluations"] = [row] * len(saved["evaluations"])
         own["candidates"] = [{"agent": own["agent"], "evaluation": row}] * len(saved["candidates"])
@@ -1498,7 +1574,8 @@ class State:
         try:
             check_fits(saved, self.like(saved))
             self.agent.load_state_dict(saved["agent"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, own in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(own)
             moments = dict(saved["reward_scaler"])
             self.reward_scaler.returns[...] = moments.pop("returns").numpy()
             self.reward_scaler.moments.load_state_dict(moments)
@@ -2256,7 +2333,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
         for f in dataclasses.fields(Args):
             if f.name not in CHANGEABLE and getattr(args, f.name) != getattr(saved, f.name):
                 raise UserError(f"--{f.name.replace('_', '-')} cannot change when a run is resumed")
-        if "optimizer" not in tree:
+        if "optimizers" not in tree:
             raise UserError(f"{path} holds a policy only; resume from the run's folder or its checkpoint.pt")
         folder = path.resolve().parent  # wherever the run folder is now
         args = dataclasses.replace(args, runs_dir=str(folder.parent), run_name=folder.name, resume=None)
@@ -2270,6 +2347,7 @@ def choose_device(args: Args) -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # these matrices are too small to share; more threads only wait for each other
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device

@@ -252,7 +252,7 @@ def training(bench: Bench, args: pv.Args, learn: bool) -> Iterator[float]:
             before = state.global_step
             pv.collect(envs, state, rollout, args)
             if learn:
-                pv.update(state.agent, state.optimizer, rollout, args, state.shuffle_rng)
+                pv.update(state.agent, state.optimizers, rollout, args, state.shuffle_rng)
                 state.agent.normalizer.update(rollout.obs[:-1].flatten(0, 1), rollout.valid.flatten())
             return state.global_step - before
 
@@ -401,7 +401,7 @@ def updating(bench: Bench, args: pv.Args) -> Iterator[float]:
         pv.collect(envs, state, rollout, args)
 
     def update() -> int:
-        pv.update(state.agent, state.optimizer, rollout, args, state.shuffle_rng)
+        pv.update(state.agent, state.optimizers, rollout, args, state.shuffle_rng)
         return 1
 
     yield from (1000 / rate for rate in bench.repeat(update))

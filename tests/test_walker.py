@@ -259,7 +259,7 @@ def test_the_same_training_with_and_without(env_id: str) -> None:
             for _ in range(3):
                 episodes += collect(envs, state, rollout, args)
                 tensors += [getattr(rollout, f.name).clone() for f in dataclasses.fields(rollout)]
-                update(state.agent, state.optimizer, rollout, args, state.shuffle_rng)
+                update(state.agent, state.optimizers, rollout, args, state.shuffle_rng)
                 state.agent.normalizer.update(rollout.obs[:-1].flatten(0, 1), rollout.valid.flatten())
         return tensors + list(state.agent.state_dict().values()), episodes
 

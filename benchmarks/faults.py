@@ -604,7 +604,7 @@ class Fuzz:
 
     def misshapen(self) -> bytes:
         """Torch's fused Adam writes past the end of a tensor that is too small: such a file can corrupt memory."""
-        nets = [path for path in self.places if path[0] in ("agent", "optimizer")]
+        nets = [(key, *path) for key in ("agent", "optimizers") for path in places(self.tree[key])]
         tensors = [path for path in nets if math.prod(self.shape(path) or ()) > 1]
         place = self.rng.choice(tensors)
         hollow = torch.zeros(1).expand(self.shape(place))  # of the right shape, with the memory of one number

@@ -38,6 +38,7 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "
     "--ent-coef 0.001",
     "tutorial": "--actor-hidden-sizes 64 64 64 --critic-hidden-sizes 128 128 --activation relu --clip-vloss",
+    "sb3-zoo": "(benchmarks/sb3_zoo.py: Stable-Baselines3 with the hyperparameters of rl-baselines3-zoo)",
     # Ablations: the default without one ingredient.
     "full-price": "--num-envs 16 --reward-floor -10",
     "gamma-0.98": "--num-envs 16 --final-gamma 0.98",
@@ -69,7 +70,11 @@ def train(options: Options, name: str, seed: int) -> Path:
     runs = ROOT / "runs" / "learning"
     folder = runs / f"{name}-{seed}"
     command = [sys.executable, str(ROOT / "ppo_vec.py")]
-    if (folder / "checkpoint.pt").exists():
+    if options.setting == "sb3-zoo":
+        script = Path(__file__).with_name("sb3_zoo.py")
+        command = [sys.executable, str(script), "--run-dir", str(folder), "--seed", str(seed)]
+        command += shlex.split(options.flags)
+    elif (folder / "checkpoint.pt").exists():
         command += ["--resume", str(folder)]
     else:
         command += [*shlex.split(SETTINGS[options.setting]), *shlex.split(options.flags), "--seed", str(seed)]
@@ -95,8 +100,12 @@ def result(folder: Path) -> dict | None:
 
 def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, seconds and mean returns of a run's periodic evaluations."""
-    _, tree = ppo_vec.read_checkpoint(str(folder))
-    rows = tree["evaluations"]
+    if (folder / "evaluations.json").exists():
+        rows = json.loads((folder / "evaluations.json").read_text())
+    elif (folder / "checkpoint.pt").exists():
+        rows = ppo_vec.read_checkpoint(str(folder))[1]["evaluations"]
+    else:
+        rows = []
     return tuple(np.array([row[key] for row in rows]) for key in ("global_step", "time_s", "mean"))
 
 
@@ -179,11 +188,10 @@ def main(options: Options) -> None:
         writer = csv.writer(file)
         writer.writerow(("seed", "global_step", "time_s", "mean"))
         for seed, folder in zip(options.seeds, folders):
-            if (folder / "checkpoint.pt").exists():
-                writer.writerows((seed, *row) for row in zip(*evaluations(folder)))
-    drawable = [f for f in folders if (f / "checkpoint.pt").exists() and len(evaluations(f)[0])]
+            writer.writerows((seed, *row) for row in zip(*evaluations(folder)))
+    drawable = [f for f in folders if len(evaluations(f)[0])]
     if drawable:
-        goal = ppo_vec.gym.spec(json.loads((drawable[0] / "args.json").read_text())["args"]["env_id"]).reward_threshold
+        goal = ppo_vec.gym.spec(json.loads((drawable[0] / "summary.json").read_text())["env_id"]).reward_threshold
         draw(name, drawable, goal, options.out / f"learning-{name}.png")
     print(text)
 

@@ -11,7 +11,9 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from torch.distributions import Normal
 
 import ppo_vec
 from ppo_vec import (
+    POLICY_METRICS,
     TILE,
     Agent,
     Args,
@@ -45,11 +48,14 @@ from ppo_vec import (
     encode,
     episode_seed,
     gae,
-    make_optimizer,
-    ppo_loss,
+    make_optimizers,
+    normalize_advantages,
+    policy_loss,
     run_episodes,
     scheduled,
+    side_by_side,
     update,
+    value_loss,
 )
 
 WALKER, PENDULUM, LANDER = "BipedalWalker-v3", "Pendulum-v1", "LunarLanderContinuous-v3"
@@ -118,13 +124,18 @@ def rollout_data(**arrays: np.ndarray) -> RolloutData:
 
 
 def run_update(args: Args, agent: Agent, rollout: Rollout, **kwargs: Any) -> tuple[dict[str, float], Any]:
-    optimizer = make_optimizer(agent, args)
-    return update(agent, optimizer, rollout, args, torch.Generator().manual_seed(3), **kwargs), optimizer
+    optimizers = make_optimizers(agent, args)
+    return update(agent, optimizers, rollout, args, torch.Generator().manual_seed(3), **kwargs), optimizers
 
 
-def steps_taken(optimizer: torch.optim.Optimizer) -> int:
-    (steps,) = {int(state["step"]) for state in optimizer.state_dict()["state"].values()}
-    return steps
+def steps_taken(optimizers: Any) -> list[int]:
+    """By the actor and by the critic."""
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    return [int(state[0]["step"]) if state else 0 for state in states]
+
+
+def state_dicts(agent: Agent, optimizers: Any) -> list[Any]:
+    return [agent.state_dict(), *(optimizer.state_dict() for optimizer in optimizers)]
 
 
 def snapshot(tree: Any) -> Any:
@@ -169,7 +180,7 @@ class Trainer:
         return collect(self.envs, self.state, self.rollout, self.now)
 
     def update(self, **kwargs: Any) -> dict[str, float]:
-        return update(self.state.agent, self.state.optimizer, self.rollout, self.now, self.state.shuffle_rng, **kwargs)
+        return update(self.state.agent, self.state.optimizers, self.rollout, self.now, self.state.shuffle_rng, **kwargs)
 
     def normalize(self) -> None:
         self.state.agent.normalizer.update(self.rollout.obs[:-1].flatten(0, 1), self.rollout.valid.flatten())
@@ -311,8 +322,8 @@ def test_reset_rows_change_no_bit_of_an_update(variant: dict[str, Any], junk: fl
         reset = ~rollout.valid
         assert 5 < reset.sum() < reset.numel() / 2
         rollout.actions[reset] = rollout.logprobs[reset] = rollout.rewards[reset] = fill
-        metrics, optimizer = run_update(args, agent, rollout)
-        results.append((metrics, agent.state_dict(), optimizer.state_dict()))
+        metrics, optimizers = run_update(args, agent, rollout)
+        results.append((metrics, *state_dicts(agent, optimizers)))
     assert_same(*results)
     assert all(tensor.isfinite().all() for tensor in results[1][1].values())
 
@@ -328,8 +339,8 @@ def test_the_observation_after_a_termination_changes_no_bit_of_an_update(variant
         assert after.sum() > 3
         assert not rollout.valid[after].any()
         rollout.obs[:-1][after] = rollout.values[:-1][after] = fill
-        metrics, optimizer = run_update(args, agent, rollout)
-        results.append((metrics, agent.state_dict(), optimizer.state_dict()))
+        metrics, optimizers = run_update(args, agent, rollout)
+        results.append((metrics, *state_dicts(agent, optimizers)))
     assert_same(*results)
 
 
@@ -476,22 +487,39 @@ def test_rollouts_equal_published_environments_stepped_by_hand(env_id: str, num_
 
 @dataclass
 class Recorder:
-    """A loss function that notes how far each minibatch's ratios are from 1, its metrics, and its columns."""
+    """A loss function that notes what it is given, its network's weights, and what comes of each minibatch."""
 
-    ratio_errors: list[float] = dataclasses.field(default_factory=list)
-    means: list[Tensor] = dataclasses.field(default_factory=list)
-    columns: list[Tensor] = dataclasses.field(default_factory=list)
+    loss: Callable[..., tuple[Tensor, Tensor]]
+    minibatches: list[tuple[Tensor, ...]] = dataclasses.field(default_factory=list)
+    options: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     weights: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
+    metrics: list[Tensor] = dataclasses.field(default_factory=list)
+    grad_norms: list[float] = dataclasses.field(default_factory=list)
+    ratio_errors: list[float] = dataclasses.field(default_factory=list)  # of the valid rows: their distance from 1
 
-    def __call__(self, agent: Agent, x: Tensor, actions: Tensor, columns: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            ratio = (agent.log_prob_entropy(x, actions)[0] - columns[0]).exp()
-        self.ratio_errors.append(float((ratio - 1)[columns[4] > 0].abs().max()))
-        self.weights.append(snapshot(agent.state_dict()))
-        loss, means = ppo_loss(agent, x, actions, columns, *rest)
-        self.means.append(means)
-        self.columns.append(columns.clone())
-        return loss, means
+    def __call__(self, agent: Agent, *minibatch: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        net = agent.actor if self.loss is policy_loss else agent.critic
+        self.minibatches.append(tuple(tensor.clone() for tensor in minibatch))
+        self.options.append(options)
+        self.weights.append(snapshot(dict(net.state_dict())))
+        if self.loss is policy_loss:
+            x, actions, old_logprob, _, weight = minibatch
+            with torch.no_grad():
+                ratio = (agent.log_prob_entropy(x, actions)[0] - old_logprob).exp()
+            self.ratio_errors.append(float(((ratio - 1) * (weight > 0)).abs().max()))
+        loss, metrics = self.loss(agent, *minibatch, **options)
+        self.grad_norms.append(total_norm(torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)))
+        self.metrics.append(metrics.clone())
+        return loss, metrics
+
+    def columns(self, *chosen: int) -> Tensor:
+        """These of what it was given, (len(chosen), minibatches, rows)."""
+        return torch.stack([torch.stack([minibatch[i] for i in chosen]) for minibatch in self.minibatches], 1)
+
+
+def recorders() -> tuple[Recorder, Recorder]:
+    """The actor's and the critic's."""
+    return Recorder(policy_loss), Recorder(value_loss)
 
 
 def density_in_float64(agent: Agent, obs: Tensor, actions: Tensor) -> Tensor:
@@ -525,11 +553,11 @@ def test_the_first_minibatch_has_ratio_one(state_dependent_std: bool) -> None:
             with torch.no_grad():
                 expected = density_in_float64(t.state.agent, rollout.obs[:-1], rollout.actions)
             torch.testing.assert_close(rollout.logprobs.double(), expected, rtol=1e-5, atol=1e-4)
-            recorder = Recorder()
-            t.update(loss_fn=recorder)
-            assert recorder.ratio_errors[0] <= 1e-5
-            assert recorder.means[0][3:].abs().max() <= 1e-6  # both estimates of the KL divergence, clip fraction
-            assert min(recorder.ratio_errors[1:]) > 1e-4
+            actor, critic = recorders()
+            t.update(losses=(actor, critic))
+            assert actor.ratio_errors[0] <= 1e-5
+            assert actor.metrics[0][2:].abs().max() <= 1e-6  # both estimates of the KL divergence, clip fraction
+            assert min(actor.ratio_errors[1:]) > 1e-4
             t.normalize()
 
 
@@ -563,6 +591,17 @@ def test_log_prob_and_entropy_equal_torch_distributions(state_dependent_std: boo
     assert log_prob.shape == entropy.shape == (2, 20)
     torch.testing.assert_close(log_prob, distribution.log_prob(actions).sum(-1), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(entropy, distribution.entropy().sum(-1), rtol=1e-10, atol=1e-10)
+
+
+def test_tanh_and_its_gradient_equal_torchs() -> None:
+    x = torch.cat((torch.linspace(-9, 9, 1801), torch.tensor([0.0, 1e-30, 50, -50, 1e30, -1e30])))
+    for dtype, tolerance in ((torch.float64, 1e-15), (torch.float32, 2e-7)):
+        values = x.to(dtype).requires_grad_()
+        pair = ppo_vec.Tanh()(values), torch.tanh(values)
+        torch.testing.assert_close(*pair, rtol=0, atol=tolerance)
+        weight = torch.cos(x.to(dtype))
+        grads = (torch.autograd.grad(y, values, weight)[0] for y in pair)
+        torch.testing.assert_close(*grads, rtol=0, atol=2 * tolerance)
 
 
 def test_deviations_begin_at_one_or_are_clamped() -> None:
@@ -682,9 +721,11 @@ def test_collect_and_update_leave_the_normaliser_alone_and_scale_rewards_once() 
 def test_train_merges_each_rollout_into_the_normaliser_after_its_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
 ) -> None:
+    """The stored values and log probabilities are those of the agent that is updated, in however many chunks."""
+    monkeypatch.setattr(ppo_vec, "CHUNK", 100)  # 243 rows with and 240 without the last observations: both end in part
     rows, counts = [], []
 
-    def spy(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, *rest: Any) -> dict[str, float]:
+    def spy(agent: Agent, optimizers: Any, rollout: Rollout, *rest: Any) -> dict[str, float]:
         with torch.no_grad():
             x = agent.normalizer(rollout.obs)
             torch.testing.assert_close(agent.value(x), rollout.values, rtol=1e-5, atol=1e-5)
@@ -693,7 +734,7 @@ def test_train_merges_each_rollout_into_the_normaliser_after_its_update(
         counts.append((float(agent.normalizer.count), sum(map(len, rows))))
         rows.append(rollout.obs[:-1][rollout.valid].double().numpy().copy())
         before = snapshot(agent.normalizer.state_dict())
-        result = update(agent, optimizer, rollout, *rest)
+        result = update(agent, optimizers, rollout, *rest)
         assert_same(before, agent.normalizer.state_dict())
         return result
 
@@ -712,10 +753,10 @@ def test_train_merges_each_rollout_into_the_normaliser_after_its_update(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def reference_loss(
+def reference_losses(
     agent: Agent, x: Tensor, actions: Tensor, columns: Tensor, args: Args
-) -> tuple[Tensor, list[Tensor]]:
-    """PPO's loss in float64, over the valid rows alone: there are no masks here."""
+) -> tuple[tuple[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]:
+    """PPO's losses of policy and values in float64, over the valid rows alone: there are no masks here."""
     valid = columns[4] > 0
     x, actions = x[valid], actions[valid]
     old_logprob, advantage, returns, old_value = columns[:4, valid]
@@ -734,11 +775,25 @@ def reference_loss(
         clipped = old_value + (value - old_value).clamp(-clip, clip)
         value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
     terms = (
-        policy_loss, value_loss, distribution.entropy().sum(-1), -logratio, ratio - 1 - logratio,
-        ((ratio - 1).abs() > clip).double(),
+        policy_loss, distribution.entropy().sum(-1), -logratio, ratio - 1 - logratio,
+        ((ratio - 1).abs() > clip).double(), value_loss,
     )  # fmt: skip
-    means = [term.sum() / max(n, 1) for term in terms]
-    return means[0] + args.vf_coef * means[1] - args.ent_coef * means[2], means
+    *means, error = [term.sum() / max(n, 1) for term in terms]
+    return (means[0] - args.ent_coef * means[1], means), (args.vf_coef * error, [error])
+
+
+def losses(
+    agent: Agent, x: Tensor, actions: Tensor, columns: Tensor, args: Args
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The same by ppo_vec, for a minibatch of its own."""
+    old_logprob, advantage, returns, old_value, mask = columns
+    weight = mask / mask.sum().clamp(min=1)
+    if args.norm_adv:
+        (advantage,) = normalize_advantages(advantage[None], mask[None])
+    return (
+        policy_loss(agent, x, actions, old_logprob, advantage, weight, args.clip_coef, args.ent_coef),
+        value_loss(agent, x, returns, old_value, weight, args.clip_coef, args.clip_vloss, args.vf_coef),
+    )
 
 
 def gradients(agent: Agent, loss: Tensor) -> list[Tensor]:
@@ -746,8 +801,11 @@ def gradients(agent: Agent, loss: Tensor) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for p, g in zip(agent.parameters(), grads)]
 
 
-@given(any_seed, st.lists(st.booleans(), min_size=12, max_size=12), st.booleans(), st.booleans(), st.booleans())
-def test_loss_and_gradient_equal_a_reference_without_masks(
+twelve_flags = st.lists(st.booleans(), min_size=12, max_size=12)
+
+
+@given(any_seed, twelve_flags, st.booleans(), st.booleans(), st.booleans())
+def test_losses_and_gradients_equal_a_reference_without_masks(
     seed: int, mask: list[bool], clip_vloss: bool, norm_adv: bool, state_dependent_std: bool
 ) -> None:
     args = make_args(
@@ -756,63 +814,100 @@ def test_loss_and_gradient_equal_a_reference_without_masks(
     agent = make_agent(args, seed=seed).double()
     rng = torch.Generator().manual_seed(seed)
     x, actions, columns = (torch.randn(*shape, generator=rng).double() for shape in ((12, 5), (12, 3), (5, 12)))
+    columns[4] = torch.tensor(mask)
     with torch.no_grad():  # near enough to the current policy and values that some rows are clipped and some are not
         columns[0] = agent.log_prob_entropy(x, actions)[0] + 0.3 * columns[0]
         columns[3] = agent.value(x) + 0.3 * columns[3]
-    columns[4] = torch.tensor(mask)
-    options = args.clip_coef, args.clip_vloss, args.norm_adv, args.ent_coef, args.vf_coef
-    loss, means = ppo_loss(agent, x, actions, columns, *options)
-    expected_loss, expected_means = reference_loss(agent, x, actions, columns, args)
+    columns[0, columns[4] == 0] = -1000.0  # no float64 holds this ratio
     close = {"rtol": 1e-8, "atol": 1e-8}
-    torch.testing.assert_close(loss, expected_loss, **close)
-    torch.testing.assert_close(means, torch.stack(expected_means).detach(), **close)
-    for pair in zip(gradients(agent, loss), gradients(agent, expected_loss)):
-        torch.testing.assert_close(*pair, **close)
+    pairs = zip(losses(agent, x, actions, columns, args), reference_losses(agent, x, actions, columns, args))
+    for (loss, metrics), (expected_loss, expected_metrics) in pairs:
+        torch.testing.assert_close(loss, expected_loss, **close)
+        torch.testing.assert_close(metrics, torch.stack(expected_metrics).detach(), **close)
+        assert not metrics.requires_grad
+        for pair in zip(gradients(agent, loss), gradients(agent, expected_loss)):
+            torch.testing.assert_close(*pair, **close)
+
+
+@given(any_seed, st.lists(twelve_flags, min_size=1, max_size=4), st.sampled_from([0.0, 5.0, -300.0]))
+def test_advantages_are_normalised_by_each_minibatchs_valid_rows(
+    seed: int, flags: list[list[bool]], centre: float
+) -> None:
+    mask = torch.tensor(flags).double()
+    advantages = centre + 3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed)).double()
+    junk = torch.where(mask > 0, advantages, 1e6)
+    results, others = (normalize_advantages(a, mask) for a in (advantages, junk))
+    assert_same(results[mask > 0], others[mask > 0])
+    for result, before, valid in zip(results, advantages, mask > 0):
+        before = before[valid]
+        if len(before) > 1:
+            expected = (before - before.mean()) / (before.std() + 1e-8)
+            torch.testing.assert_close(result[valid], expected, rtol=1e-8, atol=1e-8)
+        else:
+            assert result[valid].tolist() == [0.0] * len(before)
 
 
 def test_a_minibatch_of_reset_rows_alone_is_harmless() -> None:
     for variant in VARIANTS:
-        args = make_args(**variant)
+        args = make_args(num_envs=4, num_steps=16, num_minibatches=32, **variant)  # of two rows each
         agent = make_agent(args)
-        options = args.clip_coef, args.clip_vloss, args.norm_adv, args.ent_coef, args.vf_coef
-        loss, means = ppo_loss(agent, torch.randn(6, 5), torch.randn(6, 3), torch.randn(5, 6).mul_(0), *options)
-        assert loss.item() == 0
-        assert means.tolist() == [0] * 6
-        assert all((grad == 0).all() for grad in gradients(agent, loss))
+        for loss, metrics in losses(agent, torch.randn(6, 5), torch.randn(6, 3), torch.zeros(5, 6), args):
+            assert loss.item() == 0
+            assert (metrics == 0).all()
+            assert all((grad == 0).all() for grad in gradients(agent, loss))
+
+        rollout = fake_rollout(args, agent)
+        rollout.valid[4:] = False
+        actor, critic = recorders()
+        metrics, optimizers = run_update(args, agent, rollout, losses=(actor, critic))
+        assert steps_taken(optimizers) == [64, 64]
+        for recorder in (actor, critic):
+            empty = [i for i, minibatch in enumerate(recorder.minibatches) if (minibatch[-1] == 0).all()]
+            assert 20 < len(empty) < 60
+            assert all((recorder.metrics[i] == 0).all() and recorder.grad_norms[i] == 0 for i in empty)
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert all(tensor.isfinite().all() for tensor in agent.state_dict().values())
 
 
-def total_norm(tensors: list[Tensor]) -> float:
+def total_norm(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
 
 
 def test_actor_and_critic_are_clipped_each_on_its_own() -> None:
     """With one minibatch, the gradients that remain after the update are those of its only step."""
-    norms = {}
+    norms, directions = {}, []
     for limit in (1e9, 1e-3):
         args = make_args(num_envs=4, num_steps=32, num_minibatches=1, update_epochs=1, max_grad_norm=limit)
         agent = make_agent(args)
-        metrics, optimizer = run_update(args, agent, fake_rollout(args, agent))
-        norms[limit] = [total_norm([p.grad for p in group["params"]]) for group in optimizer.param_groups]
+        metrics, optimizers = run_update(args, agent, fake_rollout(args, agent))
+        left = [optimizer.param_groups[0]["params"][0].grad for optimizer in optimizers]
+        norms[limit] = [total_norm([grad]) for grad in left]
+        directions.append([grad / norm for grad, norm in zip(left, norms[limit])])
         assert metrics["grad_norm"] == pytest.approx(math.hypot(*norms[1e9]), rel=1e-4)  # logged before it is clipped
     assert min(norms[1e9]) > 0.01
     assert norms[1e9][0] != pytest.approx(norms[1e9][1], rel=0.05)
     assert norms[1e-3] == pytest.approx([1e-3, 1e-3], rel=1e-3)
+    torch.testing.assert_close(*directions, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("step", "left"), [(0, 1), (250, 0.75), (999, 0.001), (1000, 0), (1500, 0)])
-def test_learning_rates_fall_linearly(step: int, left: float) -> None:
-    args = make_args(learning_rate=0.1, critic_learning_rate=0.4, anneal_lr=True, total_timesteps=1000)
+def test_learning_rates_and_entropy_bonus_fall_linearly(step: int, left: float) -> None:
+    args = make_args(
+        learning_rate=0.1, critic_learning_rate=0.4, ent_coef=0.2, anneal_lr=True, total_timesteps=1000
+    )  # fmt: skip
     agent = make_agent(args)
-    optimizer = make_optimizer(agent, args)
-    for typed, rates in (
-        (args, [0.1 * left, 0.4 * left]),
-        (dataclasses.replace(args, critic_learning_rate=None), [0.1 * left, 0.1 * left]),
-        (dataclasses.replace(args, anneal_lr=False), [0.1, 0.4]),
+    optimizers = make_optimizers(agent, args)
+    for typed, rates, bonus in (
+        (args, [0.1 * left, 0.4 * left], 0.2 * left),
+        (dataclasses.replace(args, critic_learning_rate=None), [0.1 * left, 0.1 * left], 0.2 * left),
+        (dataclasses.replace(args, anneal_lr=False), [0.1, 0.4], 0.2),
     ):
         now = scheduled(typed, step)
         now = dataclasses.replace(now, num_envs=4, num_steps=8, num_minibatches=1, update_epochs=1)
-        update(agent, optimizer, fake_rollout(now, agent), now, torch.Generator())
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates, abs=1e-12)
+        actor, critic = recorders()
+        update(agent, optimizers, fake_rollout(now, agent), now, torch.Generator(), losses=(actor, critic))
+        assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == pytest.approx(rates, abs=1e-12)
+        assert actor.options[0]["ent_coef"] == pytest.approx(bonus, abs=1e-12)
 
 
 def test_what_else_changes_over_a_run_by_hand() -> None:
@@ -842,14 +937,17 @@ def test_actor_and_critic_move_by_their_own_rates() -> None:
 
 
 def targets_by_row(args: Args, agent: Agent, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
-    """The advantages and returns (T, N) that the loss is given. Rows are told apart by their log probability."""
+    """The advantages and returns (T, N) that the losses are given. Rows are told apart by their log probability."""
     rollout.logprobs.copy_(torch.arange(args.batch_size).view_as(rollout.logprobs) / 1000)
-    recorder = Recorder()
-    run_update(args, agent, rollout, loss_fn=recorder)
-    columns = torch.cat(recorder.columns, 1)
-    logprobs, *pair = columns[:3, columns[4] > 0].numpy()
+    actor, critic = recorders()
+    run_update(args, agent, rollout, losses=(actor, critic))
+    logprobs, advantages, weights = actor.columns(2, 3, 4)
+    returns, other_weights = critic.columns(1, 3)
+    assert_same(weights, other_weights)
     result = np.full((2, args.batch_size), np.nan)
-    result[:, (logprobs * 1000).round().astype(int)] = pair
+    valid = weights > 0
+    rows = (logprobs[valid] * 1000).round().int().numpy()
+    result[:, rows] = advantages[valid].numpy(), returns[valid].numpy()
     return tuple(result.reshape(2, args.num_steps, args.num_envs))
 
 
@@ -857,6 +955,7 @@ def test_value_lambda_one_regresses_on_monte_carlo_returns() -> None:
     """Rewards 1 2 4 (terminated), reset, 8 16 (cut off by the rollout's end, value 100); gamma 1/2."""
     args = make_args(
         num_envs=1, num_steps=6, num_minibatches=1, update_epochs=1, gamma=0.5, gae_lambda=0.0, value_lambda=1.0,
+        norm_adv=False,
     )  # fmt: skip
     agent = make_agent(args)
     rollout = Rollout.allocate(args, 5, 3, CPU)
@@ -876,21 +975,44 @@ def test_value_lambda_one_regresses_on_monte_carlo_returns() -> None:
 
 
 def test_an_update_uses_each_row_once_an_epoch_and_its_gae() -> None:
-    args = make_args(num_envs=4, num_steps=30, num_minibatches=5, update_epochs=3, norm_adv=False)
+    args = make_args(
+        num_envs=4, num_steps=30, num_minibatches=5, update_epochs=3, norm_adv=False, clip_coef=0.15, clip_vloss=True,
+        ent_coef=0.01, vf_coef=0.7,
+    )  # fmt: skip
     agent = make_agent(args)
     rollout = fake_rollout(args, agent)
-    recorder = Recorder()
-    metrics, optimizer = run_update(args, agent, rollout, loss_fn=recorder)
-    assert [c.shape for c in recorder.columns] == [(5, 24)] * 15
-    assert steps_taken(optimizer) == 15
-    epochs = [torch.cat(recorder.columns[i : i + 5], 1) for i in (0, 5, 10)]
-    orders = [torch.where(columns[4] > 0, columns[0], 0.0) for columns in epochs]
-    for order in orders:
-        assert_same(order[order != 0].sort()[0], rollout.logprobs[rollout.valid].sort()[0])
-    assert not torch.equal(orders[0], orders[1])
-    assert not torch.equal(orders[1], orders[2])
-    for name, i in (("policy_loss", 0), ("value_loss", 1), ("entropy", 2), ("approx_kl", 4), ("clipfrac", 5)):
-        assert metrics[name] == pytest.approx(float(torch.stack(recorder.means)[:, i].mean()), rel=1e-5)
+    actor, critic = recorders()
+    metrics, optimizers = run_update(args, agent, rollout, losses=(actor, critic))
+    assert steps_taken(optimizers) == [15, 15]
+    assert actor.options == [{"clip_coef": 0.15, "ent_coef": 0.01}] * 15
+    assert critic.options == [{"clip_coef": 0.15, "clip_vloss": True, "vf_coef": 0.7}] * 15
+    logprobs, raw, weights = actor.columns(2, 3, 4)
+    values, other_weights = critic.columns(2, 3)
+    assert weights.shape == (15, 24)
+    # Both networks see the same rows in the same order.
+    assert_same(actor.columns(0), critic.columns(0))
+    assert_same(weights, other_weights)
+    for name, noted in (("logprobs", logprobs), ("values", values)):
+        expected = getattr(rollout, name)[:30][rollout.valid].sort()[0]
+        orders = [torch.where(weights > 0, noted, 0.0)[i : i + 5].flatten() for i in (0, 5, 10)]
+        for order in orders:
+            assert_same(order[order != 0].sort()[0], expected)
+        assert not torch.equal(orders[0], orders[1])
+        assert not torch.equal(orders[1], orders[2])
+    valid_rows = (weights > 0).sum(1, keepdim=True)
+    assert len(valid_rows.unique()) > 1
+    torch.testing.assert_close(weights, (weights > 0) / valid_rows)
+    for i, name in enumerate(POLICY_METRICS):
+        assert metrics[name] == pytest.approx(float(torch.stack(actor.metrics)[:, i].mean()), rel=1e-5)
+    assert metrics["value_loss"] == pytest.approx(float(torch.stack(critic.metrics).mean()), rel=1e-5)
+    norms = [float(np.mean(recorder.grad_norms)) for recorder in (actor, critic)]
+    assert metrics["grad_norm"] == pytest.approx(math.hypot(*norms), rel=1e-4)
+
+    normalised, _ = recorders()
+    run_update(dataclasses.replace(args, norm_adv=True), make_agent(args), rollout, losses=(normalised, value_loss))
+    for before, after, weight in zip(raw, *normalised.columns(3, 4)):
+        before, after = before[weight > 0], after[weight > 0]
+        torch.testing.assert_close(after, (before - before.mean()) / before.std(), rtol=1e-4, atol=1e-5)
 
     advantages, returns = targets_by_row(args, agent, rollout)
     arrays = (getattr(rollout, n).numpy() for n in ("rewards", "values", "terminated", "truncated"))
@@ -904,31 +1026,123 @@ def test_an_update_uses_each_row_once_an_epoch_and_its_gae() -> None:
 
 
 @pytest.mark.parametrize("target_kl", [1e-4, 0.01, 0.05])
-def test_target_kl_stops_before_the_offending_step(target_kl: float) -> None:
+def test_target_kl_stops_the_actor_before_the_offending_step(target_kl: float) -> None:
+    """The critic takes all its steps, those of an update without a target."""
     args = make_args(num_envs=4, num_steps=32, update_epochs=20, learning_rate=0.003, target_kl=target_kl)
-    agent = make_agent(args)
+    agent, free = make_agent(args), make_agent(args)
     rollout = fake_rollout(args, agent)
     with torch.no_grad():
         x = agent.normalizer(rollout.obs[:-1])
         rollout.logprobs.copy_(agent.log_prob_entropy(x, rollout.actions)[0])
-    recorder = Recorder()
-    metrics, optimizer = run_update(args, agent, rollout, loss_fn=recorder)
-    kl = [float(means[4]) for means in recorder.means]
+    actor, critic = recorders()
+    metrics, optimizers = run_update(args, agent, rollout, losses=(actor, critic))
+    kl = [float(m[POLICY_METRICS.index("approx_kl")]) for m in actor.metrics]
     assert 1 < len(kl) < 80
     assert max(kl[:-1]) <= target_kl < kl[-1]
-    assert steps_taken(optimizer) == len(kl) - 1
-    assert_same(dict(recorder.weights[-1]), dict(agent.state_dict()))
+    assert steps_taken(optimizers) == [len(kl) - 1, 80]
+    assert_same(actor.weights[-1], dict(agent.actor.state_dict()))
     assert metrics["approx_kl"] == pytest.approx(np.mean(kl[:-1]), rel=1e-4, abs=1e-7)
+    norms = [float(np.mean(norms)) for norms in (actor.grad_norms[:-1], critic.grad_norms)]
+    assert metrics["grad_norm"] == pytest.approx(math.hypot(*norms), rel=1e-4)
+
+    free_metrics, free_optimizers = run_update(dataclasses.replace(args, target_kl=None), free, rollout)
+    assert steps_taken(free_optimizers) == [80, 80]
+    assert_same(dict(agent.critic.state_dict()), dict(free.critic.state_dict()))
+    assert metrics["value_loss"] == free_metrics["value_loss"]
+    assert not torch.equal(agent.actor[0].weight, free.actor[0].weight)
+
+
+def test_target_kl_may_leave_the_actor_as_it_was() -> None:
+    args = make_args(num_envs=4, num_steps=32, target_kl=1e-5)
+    agent = make_agent(args)
+    before = snapshot(dict(agent.actor.state_dict()))
+    metrics, optimizers = run_update(args, agent, fake_rollout(args, agent))  # too far from the agent from the start
+    assert steps_taken(optimizers) == [0, 8]
+    assert_same(dict(agent.actor.state_dict()), before)
+    assert [metrics[name] for name in POLICY_METRICS] == [0.0] * 5
+    assert metrics["value_loss"] > 0.01
+    assert metrics["grad_norm"] > 0.01
 
 
 def test_a_loss_that_is_not_finite_is_named() -> None:
     args = make_args(num_envs=4, num_steps=32)
+    order = torch.randperm(args.batch_size, generator=torch.Generator().manual_seed(3)).tolist()
+    minibatch = order.index(3 * args.num_envs + 1) // args.minibatch_size
+    assert minibatch > 0
+    for broken, message in (
+        ("rewards", r"losses/policy_loss is nan in minibatch \d"),
+        ("logprobs", rf"losses/policy_loss is nan in minibatch {minibatch}"),
+        ("actor", r"losses/policy_loss is nan in minibatch 0"),
+        ("critic", r"losses/value_loss is nan in minibatch 0"),
+        ("vf_coef", r"losses/value_grad_norm is inf in minibatch 0"),
+    ):
+        agent = make_agent(args)
+        rollout = fake_rollout(args, agent)
+        assert rollout.valid[3, 1]
+        if broken in ("rewards", "logprobs"):
+            getattr(rollout, broken)[3, 1] = math.nan
+        elif broken in ("actor", "critic"):
+            getattr(agent, broken)[0].weight.data[0, 0] = math.nan
+        typed = dataclasses.replace(args, vf_coef=1e30) if broken == "vf_coef" else args
+        with pytest.raises(ppo_vec.TrainingError, match=message + "$"):
+            run_update(typed, agent, rollout)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Side by side
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_jobs_run_side_by_side() -> None:
+    barrier = threading.Barrier(2, timeout=20)  # one after the other would not get past it
+
+    def job(result: str) -> tuple[str, threading.Thread]:
+        barrier.wait()
+        return result, threading.current_thread()
+
+    for _ in range(3):
+        first, second = side_by_side(lambda: job("first"), lambda: job("second"))
+        assert (first[0], second[0]) == ("first", "second")
+        assert first[1] is threading.current_thread() is not second[1]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failing_job_is_told_when_the_other_has_ended(failing: int, error: type[BaseException]) -> None:
+    """Else the other would go on to change weights while its caller saves them."""
+    failed, ended = threading.Event(), []
+
+    def fail() -> None:
+        failed.set()
+        raise error("a job")
+
+    def long() -> None:
+        assert failed.wait(20)
+        time.sleep(0.2)
+        ended.append(True)
+
+    with pytest.raises(error, match="a job"):
+        side_by_side(*((fail, long) if failing == 0 else (long, fail)))
+    assert ended == [True]
+    assert side_by_side(lambda: 1, lambda: 2) == (1, 2)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_update_tells_of_either_networks_failure(failing: int) -> None:
+    args = make_args(num_envs=4, num_steps=32)
     agent = make_agent(args)
-    rollout = fake_rollout(args, agent)
-    rollout.rewards[3, 1] = math.nan
-    assert rollout.valid[3, 1]
-    with pytest.raises(ppo_vec.TrainingError, match="losses/"):
-        run_update(args, agent, rollout)
+    optimizers, steps = make_optimizers(agent, args), itertools.count()
+
+    def fail_at_the_third(agent: Agent, *minibatch: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        if next(steps) == 2:
+            raise ZeroDivisionError("a loss")
+        return (policy_loss, value_loss)[failing](agent, *minibatch, **options)
+
+    chosen = [policy_loss, value_loss]
+    chosen[failing] = fail_at_the_third
+    with pytest.raises(ZeroDivisionError, match="a loss"):
+        update(agent, optimizers, fake_rollout(args, agent), args, torch.Generator(), losses=chosen)
+    assert steps_taken(optimizers) == ([2, 8] if failing == 0 else [8, 2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -977,6 +1191,23 @@ def test_a_state_survives_its_checkpoint_and_goes_on_to_the_bit() -> None:
             for _ in range(2):
                 resumed.iterate()
             assert_same(plain(resumed.state.state_dict()), plain(t.state.state_dict()))
+
+
+def test_a_state_survives_its_checkpoint_where_only_the_critic_was_stepped() -> None:
+    """As when --target-kl ends the actor's first update before its first step."""
+    args = make_args(env_id=PENDULUM)
+    task = Task.of(args)
+    for stepped in ([], [0], [1], [0, 1]):
+        state, copied = State(args, task, CPU), State(dataclasses.replace(args, seed=2), task, CPU)
+        state.log_sizes = {"events": 1, "episodes": 2}
+        for i in stepped:
+            (flat,) = state.optimizers[i].param_groups[0]["params"]
+            flat.grad = torch.randn(flat.shape)
+            state.optimizers[i].step()
+        data = encode(state.state_dict())
+        copied.load(decode(data))
+        assert steps_taken(copied.optimizers) == [int(i in stepped) for i in (0, 1)]
+        assert_same(plain(copied.state_dict()), plain(state.state_dict()))
 
 
 def plain(tree: dict[str, Any]) -> dict[str, Any]:
@@ -1179,7 +1410,7 @@ def test_other_environments_train_end_to_end(
     progress, evaluate, used = ppo_vec.evaluate_progress, VecEnv.evaluate, {False: [], True: []}
     training = (
         "agent",
-        "optimizer",
+        "optimizers",
         "reward_scaler",
         "noise_rng",
         "shuffle_rng",

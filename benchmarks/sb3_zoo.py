@@ -1,0 +1,119 @@
+"""Stable-Baselines3 PPO with the hyperparameters of rl-baselines3-zoo, evaluated and timed as ppo_vec is.
+
+    python benchmarks/learning.py --setting sb3-zoo --seeds 0 --jobs 1    # which calls this file
+    python benchmarks/sb3_zoo.py --run-dir runs/learning/sb3-zoo-0 --seed 0
+
+Leaves summary.json and evaluations.json in the run's folder, with ppo_vec's fields. A run that was interrupted goes on
+from its last evaluation (SB3 cannot do so to the bit). Needs pip install -e ".[bench]".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import ppo_vec as pv
+
+# isort: split
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+# hyperparams/ppo.yml of rl-baselines3-zoo, BipedalWalker-v3; observations and rewards are normalised.
+ENV_ID, NUM_ENVS, TIMESTEPS = "BipedalWalker-v3", 32, 5_000_000
+ZOO = {
+    "n_steps": 2048, "batch_size": 64, "gae_lambda": 0.95, "gamma": 0.999, "n_epochs": 10, "ent_coef": 0.0,
+    "learning_rate": 3e-4, "clip_range": 0.18,
+}  # fmt: skip
+
+
+@dataclass
+class Options:
+    run_dir: Path
+    """the folder of the run; one that is there already goes on"""
+    seed: int = 0
+    total_timesteps: int = TIMESTEPS
+    minutes: float = 90.0
+    """give up after so much time"""
+
+
+class Policy:
+    """What pv.run_episodes wants of a policy."""
+
+    def __init__(self, model: Any, venv: Any) -> None:
+        self.model, self.venv = model, venv
+
+    def sample(self, obs: np.ndarray, noise: None) -> np.ndarray:
+        return self.model.predict(self.venv.normalize_obs(obs), deterministic=True)[0]
+
+    def env_action(self, actions: np.ndarray) -> np.ndarray:
+        return actions  # predict() has clipped them
+
+
+def main(options: Options) -> None:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    pv.choose_device(pv.Args())
+    torch.use_deterministic_algorithms(False)
+    folder = options.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    saved, task = folder / "progress.json", pv.Task.of(pv.Args(env_id=ENV_ID))
+    progress = {"evaluations": [], "selection_episodes": 0, "solved_at_step": None, "solved_at_s": None, "wall_s": 0.0}
+    make = [lambda: gym.make(ENV_ID, disable_env_checker=True)] * NUM_ENVS
+    if saved.exists():
+        progress = json.loads(saved.read_text())
+        venv = VecNormalize.load(str(folder / "venv.pkl"), DummyVecEnv(make))
+        model = PPO.load(folder / "model.zip", venv, device="cpu")
+    else:
+        venv = VecNormalize(DummyVecEnv(make), gamma=ZOO["gamma"])
+        model = PPO("MlpPolicy", venv, device="cpu", seed=options.seed, **ZOO)
+    began, before = time.perf_counter(), progress["wall_s"]
+    policy = Policy(model, venv)
+
+    def wall() -> float:
+        return before + time.perf_counter() - began
+
+    def evaluate(count: int) -> list[tuple[float, int]]:
+        first = pv.SELECTION_SEEDS + progress["selection_episodes"]
+        progress["selection_episodes"] += count
+        return pv.run_episodes(task, policy, list(range(first, first + count)), as_published=False)
+
+    while model.num_timesteps < options.total_timesteps and wall() < 60 * options.minutes:
+        steps = NUM_ENVS * ZOO["n_steps"]
+        model.learn(2 * steps, reset_num_timesteps=False)
+        episodes = evaluate(pv.EVALUATION_EPISODES)
+        row = pv.summarize(episodes, task.goal)
+        if progress["solved_at_step"] is None and row["mean"] >= task.goal:
+            confirmation = pv.summarize(evaluate(pv.CONFIRMATION_EPISODES), task.goal)
+            if confirmation["mean"] >= task.goal:
+                progress |= {"solved_at_step": model.num_timesteps, "solved_at_s": wall()}
+        row = {"global_step": model.num_timesteps, "time_s": wall(), **row}
+        progress["evaluations"].append(row)
+        print(f"step {row['global_step']}, {row['time_s']:.0f} s: {pv.describe(row)}", flush=True)
+        model.save(folder / "model.zip"), venv.save(str(folder / "venv.pkl"))
+        progress["wall_s"] = wall()
+        pv.write_file(saved, json.dumps(progress).encode())
+
+    train_s = wall()
+    test = pv.summarize(pv.run_episodes(task, policy, list(range(100)), as_published=True), task.goal)
+    summary = {
+        "env_id": ENV_ID, "seed": options.seed, "global_step": model.num_timesteps, "wall_time_s": wall(),
+        "train_time_s": train_s, "sps": model.num_timesteps / train_s, **{f"eval_{k}": v for k, v in test.items()},
+        **{f"last_eval_{k}": test[k] for k in ("mean", "std", "min")}, "solved_at_step": progress["solved_at_step"],
+        "solved_at_s": progress["solved_at_s"], "finished": True,
+    }  # fmt: skip
+    pv.write_file(folder / "evaluations.json", json.dumps(progress["evaluations"]).encode())
+    pv.write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    print(pv.describe(test))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

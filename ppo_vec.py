@@ -147,6 +147,8 @@ class Args:
     """the widths of the critic's hidden layers"""
     activation: Literal["tanh", "relu", "leaky_relu", "elu"] = "tanh"
     """the activation of the hidden layers"""
+    critic_progress: bool = False
+    """show the critic the running episode's length and return, too: the policy never sees them"""
     state_dependent_std: bool = False
     """let the actor's head give the log standard deviation too, clamped to [-20, 2]"""
 
@@ -318,10 +320,14 @@ def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequentia
 
 
 class Agent(nn.Module):
-    """Separate actor and critic, a diagonal Gaussian over unclipped actions, and the observation normaliser.
+    """Separate actor and critic, a diagonal Gaussian over unclipped actions, and the normalisers of what they see.
 
-    `value` and `log_prob_entropy` take *normalised* observations: the normaliser is frozen through an update, so
-    `normalizer(obs)` is computed once and not again for each of its minibatches.
+    `value` and `log_prob_entropy` take what `critic_input` and `normalizer` return: these are frozen through an update,
+    so that their results are computed once and not again for each of its minibatches.
+
+    With --critic-progress the critic sees the episode's length and return so far. An observation of BipedalWalker does
+    not tell how much of the course is left. To a critic that cannot know it either, haste pays: it sees the reward of
+    a fast step, and not that there will be less to earn later. One that can sees only what haste costs.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args) -> None:
@@ -330,8 +336,11 @@ class Agent(nn.Module):
         self.activation = args.activation
         heads = action_dim * (2 if args.state_dependent_std else 1)
         self.normalizer = Normalizer(obs_dim)
+        self.progress_normalizer = Normalizer(2) if args.critic_progress else None
         self.actor = mlp((obs_dim, *args.actor_hidden_sizes, heads), args.activation, last_gain=0.01)
-        self.critic = mlp((obs_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
+        self.critic = mlp(
+            (obs_dim + 2 * args.critic_progress, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0
+        )
         if not args.state_dependent_std:
             self.actor.register_parameter("logstd", nn.Parameter(torch.zeros(action_dim)))
 
@@ -343,8 +352,13 @@ class Agent(nn.Module):
             return mean, logstd.clamp(LOGSTD_MIN, LOGSTD_MAX)
         return out, self.actor.logstd
 
+    def critic_input(self, obs: Tensor, progress: Tensor) -> Tensor:
+        """Raw observations (..., obs_dim) and progress (..., 2) -> what `value` takes."""
+        x = self.normalizer(obs)
+        return x if self.progress_normalizer is None else torch.cat((x, self.progress_normalizer(progress)), -1)
+
     def value(self, x: Tensor) -> Tensor:
-        """Normalised observations (..., obs_dim) -> values (...)."""
+        """critic_input (..., obs_dim or obs_dim + 2) -> values (...)."""
         return self.critic(x).squeeze(-1)
 
     def log_prob_entropy(self, x: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,6 +368,13 @@ class Agent(nn.Module):
         volume = logstd.sum(-1) + 0.5 * LOG_2PI * actions.shape[-1]
         log_prob = -0.5 * z.square().sum(-1) - volume
         return log_prob, (volume + 0.5 * actions.shape[-1]).expand_as(log_prob)
+
+    def update_normalizers(self, rollout: Rollout) -> None:
+        """Merges the statistics of a rollout's steps."""
+        valid = rollout.valid.flatten()
+        self.normalizer.update(rollout.obs[:-1].flatten(0, 1), valid)
+        if self.progress_normalizer is not None:
+            self.progress_normalizer.update(rollout.progress[:-1].flatten(0, 1), valid)
 
     def policy_arrays(self) -> list[np.ndarray]:
         """What Policy needs, as float32 NumPy arrays: mean, scale, deviation, then each layer's weight.T and bias."""
@@ -450,6 +471,7 @@ class Rollout:
     """Fixed-length rollout tensors on the training device. T = num_steps, N = num_envs."""
 
     obs: Tensor  # (T + 1, N, obs_dim) raw; the last row is the observation after the rollout
+    progress: Tensor  # (T + 1, N, 2) the running episode's steps and raw return before the row's step
     actions: Tensor  # (T, N, action_dim) unclipped, in units of the action bounds
     logprobs: Tensor  # (T, N) of the behaviour policy
     rewards: Tensor  # (T, N) scaled
@@ -468,6 +490,7 @@ class Rollout:
         flag = functools.partial(zeros, T, N, dtype=torch.bool)
         return cls(
             obs=zeros(T + 1, N, obs_dim),
+            progress=zeros(T + 1, N, 2),
             actions=zeros(T, N, action_dim),
             logprobs=zeros(T, N),
             rewards=zeros(T, N),
@@ -509,7 +532,7 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Half the mean squared error of one minibatch's values, times vf_coef.
 
-    Args: x (B, obs_dim) normalised observations; returns, old_value and weight (B,), as in policy_loss.
+    Args: x (B, ...) critic_input; returns, old_value and weight (B,), as in policy_loss.
     Returns: the loss, and half the error (1,) without gradient.
     """
     value = agent.value(x)
@@ -572,6 +595,7 @@ def update(
     returns = targets + rollout.values[:-1]
 
     b_obs = agent.normalizer(rollout.obs[:-1]).flatten(0, 1)
+    b_critic_input = agent.critic_input(rollout.obs[:-1], rollout.progress[:-1]).flatten(0, 1)
     b_actions = torch.where(rollout.valid[..., None], rollout.actions, 0.0).flatten(0, 1)
     b_logprobs, b_advantages, b_returns, b_values = (
         torch.where(rollout.valid, t, 0.0).flatten()
@@ -591,7 +615,7 @@ def update(
         return normalize_advantages(b_advantages[rows], b_mask[rows]) if args.norm_adv else b_advantages[rows]
 
     actor_data = ((b_obs[i], b_actions[i], b_logprobs[i], advantage(i), weight(i)) for i in epochs)
-    critic_data = ((b_obs[i], b_returns[i], b_values[i], weight(i)) for i in epochs)
+    critic_data = ((b_critic_input[i], b_returns[i], b_values[i], weight(i)) for i in epochs)
     actor_loss = functools.partial(losses[0], agent, clip_coef=args.clip_coef, ent_coef=args.ent_coef)
     critic_loss = functools.partial(
         losses[1], agent, clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, vf_coef=args.vf_coef
@@ -621,6 +645,8 @@ BESIDE = ThreadPoolExecutor(1, "beside")
 
 def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
     """Both results; `second` is computed in a thread: torch lets go of the interpreter while it works."""
+    if usable_cores() == 1:
+        return first(), second()
     other = BESIDE.submit(second)
     try:
         return first(), other.result()
@@ -706,7 +732,7 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     data = envs.rollout(state.agent.policy_arrays(), noise)
     if state.envs.started:
         state.reward_scaler.returns[data.restarted] = 0.0  # could not be replayed: a new episode
-    valid, episodes = state.envs.advance(data, state.global_step)
+    valid, progress, episodes = state.envs.advance(data, state.global_step)
     state.global_step += int(valid.sum())
     state.episode_count += len(episodes)
     state.reward_scaler.update(data.rewards, valid, args.gamma)
@@ -715,23 +741,26 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
         tensor.copy_(torch.from_numpy(array))
 
     store(rollout.obs, data.obs)
+    store(rollout.progress, progress)
     store(rollout.actions, data.actions)
     store(rollout.rewards, state.reward_scaler.scale(data.rewards, args.reward_floor))
     store(rollout.terminated, data.terminated)
     store(rollout.truncated, data.truncated)
     store(rollout.valid, valid)
-    x = state.agent.normalizer(rollout.obs).flatten(0, 1)
+    agent = state.agent
 
     @torch.no_grad()
     def values() -> None:
+        x = agent.critic_input(rollout.obs, rollout.progress).flatten(0, 1)
         for out, rows in zip(rollout.values.flatten().split(CHUNK), x.split(CHUNK)):
-            out.copy_(state.agent.value(rows))
+            out.copy_(agent.value(rows))
 
     @torch.no_grad()
     def logprobs() -> None:
-        batch = rollout.logprobs.flatten(), x, rollout.actions.flatten(0, 1)  # x is longer: by the last observations
+        x = agent.normalizer(rollout.obs[:-1]).flatten(0, 1)
+        batch = rollout.logprobs.flatten(), x, rollout.actions.flatten(0, 1)
         for out, rows, actions in zip(*(t.split(CHUNK) for t in batch)):
-            out.copy_(state.agent.log_prob_entropy(rows[: len(actions)], actions)[0])
+            out.copy_(agent.log_prob_entropy(rows, actions)[0])
 
     side_by_side(values, logprobs)
     return episodes
@@ -760,7 +789,7 @@ def train(args: Args, task: Task, checkpoint: dict[str, Any] | None = None) -> R
             episodes = collect(envs, state, rollout, now)
             collected = time.perf_counter()
             metrics = update(state.agent, state.optimizers, rollout, now, state.shuffle_rng, losses)
-            state.agent.normalizer.update(rollout.obs[:-1].flatten(0, 1), rollout.valid.flatten())
+            state.agent.update_normalizers(rollout)
             updated = time.perf_counter()
 
             state.iteration += 1
@@ -913,36 +942,38 @@ class EnvState:
         self.lengths = np.zeros(num_envs, np.int64)
         self.started = False
 
-    def advance(self, data: RolloutData, global_step: int) -> tuple[np.ndarray, list[Episode]]:
-        """Moves on over a complete rollout. Returns the (T, N) mask of rows that are steps, and the episodes ended."""
+    def advance(self, data: RolloutData, global_step: int) -> tuple[np.ndarray, np.ndarray, list[Episode]]:
+        """Moves on over a complete rollout.
+
+        Returns: the (T, N) mask of rows that are steps; (T + 1, N, 2) the running episode's length and return before
+        each of them, the last row after the rollout; and the episodes that ended.
+        """
         done = data.terminated | data.truncated
         valid = ~np.vstack((self.done[None], done[:-1]))
-        rewards = np.where(valid, data.rewards, 0.0)
-        steps = global_step + valid.sum(1).cumsum()
         restarted = data.restarted & self.started  # could not be replayed: a new episode began at row 0
         self.episode[restarted] += 1
-        self.returns[restarted] = self.lengths[restarted] = 0
+        self.lengths[restarted] = self.returns[restarted] = 0
+        progress = np.empty((len(done) + 1, *self.returns.shape, 2))
+        progress[0] = np.stack((self.lengths, self.returns), -1)
+        for t, is_step in enumerate(valid[..., None]):
+            gain = np.stack((np.ones_like(self.returns), data.rewards[t]), -1)
+            progress[t + 1] = np.where(is_step, progress[t] + gain, 0.0)
+        steps = global_step + valid.sum(1).cumsum()
         episodes = []
+        for t, i in np.argwhere(done):
+            length, ret = progress[t + 1, i].tolist()
+            fell = bool(data.terminated[t, i] and data.rewards[t, i] <= -100)
+            episodes.append(Episode(int(steps[t]), int(i), ret, int(length), fell))
         for i in range(valid.shape[1]):
-            begin = 0
-            for t in np.flatnonzero(done[:, i]):
-                self.returns[i] += rewards[begin : t + 1, i].sum()
-                self.lengths[i] += valid[begin : t + 1, i].sum()
-                fell = bool(data.terminated[t, i] and rewards[t, i] <= -100)
-                episodes.append(Episode(int(steps[t]), i, float(self.returns[i]), int(self.lengths[i]), fell))
-                self.returns[i] = self.lengths[i] = 0
-                begin = t + 1
-            self.returns[i] += rewards[begin:, i].sum()
-            self.lengths[i] += valid[begin:, i].sum()
             resets = np.flatnonzero(~valid[:, i])
             self.episode[i] += len(resets)
             if len(resets) or restarted[i]:
                 self.actions[i] = []
             self.actions[i].append(data.actions[resets[-1] + 1 if len(resets) else 0 :, i].copy())
-        self.obs = data.obs[-1].copy()
-        self.done = done[-1].copy()
+        self.obs, self.done = data.obs[-1].copy(), done[-1].copy()
+        self.lengths[:], self.returns[:] = np.where(self.done, 0, progress[-1].T)
         self.started = True
-        return valid, sorted(episodes, key=lambda e: (e.global_step, e.env))
+        return valid, progress, episodes
 
     def state_dict(self) -> dict[str, Any]:
         arrays = {k: torch.from_numpy(v.copy()) for k, v in vars(self).items() if isinstance(v, np.ndarray)}

@@ -253,7 +253,7 @@ def training(bench: Bench, args: pv.Args, learn: bool) -> Iterator[float]:
             pv.collect(envs, state, rollout, args)
             if learn:
                 pv.update(state.agent, state.optimizers, rollout, args, state.shuffle_rng)
-                state.agent.normalizer.update(rollout.obs[:-1].flatten(0, 1), rollout.valid.flatten())
+                state.agent.update_normalizers(rollout)
             return state.global_step - before
 
         yield from bench.repeat(iteration)

@@ -85,6 +85,8 @@ def make_agent(args: Args, obs_dim: int = 5, action_dim: int = 3, seed: int = 0)
         for parameter in agent.parameters():
             parameter.data.normal_(0, 0.4)
         agent.normalizer.update(1 + 2 * torch.randn(50, obs_dim), torch.ones(50, dtype=torch.bool))
+        if agent.progress_normalizer is not None:
+            agent.progress_normalizer.update(9 * torch.randn(50, 2), torch.ones(50, dtype=torch.bool))
     return agent
 
 
@@ -108,12 +110,12 @@ def fake_rollout(args: Args, agent: Agent, seed: int = 0) -> Rollout:
     flags = random_flags(rng, args.num_steps, args.num_envs)
     for name, array in zip(("terminated", "truncated", "valid"), flags):
         getattr(rollout, name).copy_(torch.from_numpy(array))
-    for name in ("obs", "actions", "rewards"):
+    for name in ("obs", "actions", "rewards", "progress"):
         tensor = getattr(rollout, name)
         tensor.copy_(torch.from_numpy(rng.normal(size=tensor.shape)))
     with torch.no_grad():
-        x = agent.normalizer(rollout.obs)
-        rollout.values.copy_(agent.value(x) + torch.from_numpy(rng.normal(size=rollout.values.shape)))
+        x, z = agent.normalizer(rollout.obs), agent.critic_input(rollout.obs, rollout.progress)
+        rollout.values.copy_(agent.value(z) + torch.from_numpy(rng.normal(size=rollout.values.shape)))
         rollout.logprobs.copy_(agent.log_prob_entropy(x[:-1], rollout.actions)[0])
         rollout.logprobs += torch.from_numpy(rng.normal(0, 0.2, rollout.logprobs.shape))
     return rollout
@@ -183,7 +185,7 @@ class Trainer:
         return update(self.state.agent, self.state.optimizers, self.rollout, self.now, self.state.shuffle_rng, **kwargs)
 
     def normalize(self) -> None:
-        self.state.agent.normalizer.update(self.rollout.obs[:-1].flatten(0, 1), self.rollout.valid.flatten())
+        self.state.agent.update_normalizers(self.rollout)
 
     def iterate(self) -> None:
         self.collect()
@@ -308,7 +310,7 @@ def test_a_reset_rows_value_moves_only_the_truncated_episode_before_it(seed: int
 VARIANTS = [
     {},
     {"clip_vloss": True, "state_dependent_std": True, "ent_coef": 0.01},
-    {"norm_adv": False, "value_lambda": 1.0, "activation": "relu"},
+    {"norm_adv": False, "value_lambda": 1.0, "activation": "relu", "critic_progress": True},
 ]
 
 
@@ -338,15 +340,15 @@ def test_the_observation_after_a_termination_changes_no_bit_of_an_update(variant
         after[1:] = rollout.terminated[:-1]
         assert after.sum() > 3
         assert not rollout.valid[after].any()
-        rollout.obs[:-1][after] = rollout.values[:-1][after] = fill
+        rollout.obs[:-1][after] = rollout.progress[:-1][after] = rollout.values[:-1][after] = fill
         metrics, optimizers = run_update(args, agent, rollout)
         results.append((metrics, *state_dicts(agent, optimizers)))
     assert_same(*results)
 
 
-@pytest.mark.parametrize("name", ["actions", "logprobs", "rewards", "obs"])
+@pytest.mark.parametrize("name", ["actions", "logprobs", "rewards", "obs", "progress"])
 def test_any_other_row_does_change_the_update(name: str) -> None:
-    args, weights = make_args(num_envs=4, num_steps=32), []
+    args, weights = make_args(num_envs=4, num_steps=32, critic_progress=True), []
     for change in (0.0, 0.5):
         agent = make_agent(args)
         rollout = fake_rollout(args, agent)
@@ -379,13 +381,14 @@ def test_reset_rows_move_no_counter_and_no_statistics(junk: float) -> None:
         state, scaler, normalizer = EnvState(3, 5), RewardScaler(3), Normalizer(5)
         data, expected = random_data(1)
         data.rewards[~expected], data.actions[~expected], data.obs[:-1][~expected] = fill, fill, fill
-        valid, episodes = state.advance(data, 100)
+        valid, progress, episodes = state.advance(data, 100)
         scaler.update(data.rewards, valid, 0.9)
         normalizer.update(torch.from_numpy(data.obs[:-1]).flatten(0, 1), torch.from_numpy(valid).flatten())
         assert_same(valid, expected)
         assert episodes
         assert math.isfinite(sum(e.ret for e in episodes))
-        results.append((vars(state), scaler.returns, scaler.moments.state_dict(), normalizer.state_dict(), episodes))
+        statistics = scaler.moments.state_dict(), normalizer.state_dict()
+        results.append((vars(state), scaler.returns, *statistics, episodes, progress[:-1][valid]))
     assert_same(*results)
 
 
@@ -393,25 +396,51 @@ def test_env_state_counts_steps_and_returns_by_hand() -> None:
     """One environment; rows: 1, 2 (end), reset, 3 | 4 (end), reset, 5."""
     state = EnvState(1, 1)
 
-    def advance(rewards: list[float], terminated: list[int], global_step: int) -> tuple[list, list[Episode]]:
+    def advance(rewards: list[float], terminated: list[int], global_step: int) -> tuple[list, list, list[Episode]]:
         column = np.array(rewards, np.float32)[:, None]
         done = np.array(terminated, bool)[:, None]
         data = rollout_data(
             obs=np.zeros((len(rewards) + 1, 1, 1), np.float32), actions=column[..., None], rewards=column,
             terminated=done, truncated=np.zeros_like(done), restarted=np.zeros(1, bool),
         )  # fmt: skip
-        valid, episodes = state.advance(data, global_step)
-        return valid[:, 0].tolist(), episodes
+        valid, progress, episodes = state.advance(data, global_step)
+        return valid[:, 0].tolist(), progress[:, 0].tolist(), episodes
 
-    valid, episodes = advance([1, 2, 99, 3], [0, 1, 0, 0], 10)
+    valid, progress, episodes = advance([1, 2, 99, 3], [0, 1, 0, 0], 10)
     assert valid == [True, True, False, True]
+    assert progress == [[0, 0], [1, 1], [2, 3], [0, 0], [1, 3]]  # at a reset row: of the episode that has ended
     assert [(e.global_step, e.ret, e.length) for e in episodes] == [(12, 3.0, 2)]
     assert (state.returns[0], state.lengths[0], state.episode[0], state.done[0]) == (3.0, 1, 1, False)
-    valid, episodes = advance([4, 99, 5], [1, 0, 0], 13)
+    valid, progress, episodes = advance([4, 99, 5], [1, 0, 0], 13)
     assert valid == [True, False, True]
+    assert progress == [[1, 3], [2, 7], [0, 0], [1, 5]]
     assert [(e.global_step, e.ret, e.length) for e in episodes] == [(14, 7.0, 2)]
     assert (state.returns[0], state.lengths[0], state.episode[0]) == (5.0, 1, 2)
     assert np.concatenate(state.actions[0]).ravel().tolist() == [5]  # what it takes to have the running episode again
+
+
+@processes
+def test_only_the_critic_sees_the_progress_of_the_episode() -> None:
+    """Values follow it, also across rollouts and at the true last observation; the policy does not have it."""
+    args = make_args(env_id=PENDULUM, num_envs=2, num_workers=1, num_steps=150, critic_progress=True)
+    with trainer(args) as t:
+        for i in range(3):
+            t.collect()
+            r = t.rollout
+            elapsed, earned = r.progress[..., 0], r.progress[..., 1]
+            rows = torch.arange(i * 150, (i + 1) * 150 + 1)
+            assert_same(elapsed, (rows % 201).float()[:, None].expand(-1, 2).contiguous())  # 200 steps and a reset
+            raw = torch.from_numpy(t.envs.data.rewards)
+            ends = rows[:-1] % 201 == 200  # reset rows
+            gained = earned[1:] - earned[:-1]
+            torch.testing.assert_close(gained[~ends], raw[~ends], rtol=1e-3, atol=1e-3)
+            assert (earned[1:][ends] == 0).all()
+            agent = t.state.agent
+            with torch.no_grad():
+                other = agent.value(agent.critic_input(r.obs, r.progress + 50))
+            assert (other - r.values).abs().max() > 0.1
+            t.normalize()
+        assert len(t.state.agent.policy_arrays()[0]) == 3
 
 
 def test_a_done_in_the_last_row_masks_the_first_row_of_the_next_rollout() -> None:
@@ -422,7 +451,7 @@ def test_a_done_in_the_last_row_masks_the_first_row_of_the_next_rollout() -> Non
     data, _ = random_data(3)
     data.terminated[0] = data.truncated[0] = False
     data.rewards[0] = [50, 50, 0.25]
-    valid, episodes = state.advance(data, 60)
+    valid, _, episodes = state.advance(data, 60)
     assert valid[0].tolist() == [False, False, True]
     assert valid[1].all()
     assert episodes
@@ -728,7 +757,8 @@ def test_train_merges_each_rollout_into_the_normaliser_after_its_update(
     def spy(agent: Agent, optimizers: Any, rollout: Rollout, *rest: Any) -> dict[str, float]:
         with torch.no_grad():
             x = agent.normalizer(rollout.obs)
-            torch.testing.assert_close(agent.value(x), rollout.values, rtol=1e-5, atol=1e-5)
+            z = agent.critic_input(rollout.obs, rollout.progress)
+            torch.testing.assert_close(agent.value(z), rollout.values, rtol=1e-5, atol=1e-5)
             logprobs = agent.log_prob_entropy(x[:-1], rollout.actions)[0]
             torch.testing.assert_close(logprobs, rollout.logprobs, rtol=1e-5, atol=1e-5)
         counts.append((float(agent.normalizer.count), sum(map(len, rows))))
@@ -739,11 +769,14 @@ def test_train_merges_each_rollout_into_the_normaliser_after_its_update(
         return result
 
     monkeypatch.setattr(ppo_vec, "update", spy)
-    _, tree = run_train(tmp_path, env_id=PENDULUM, num_envs=3, num_workers=2, num_steps=80, total_timesteps=1000)
+    _, tree = run_train(
+        tmp_path, env_id=PENDULUM, num_envs=3, num_workers=2, num_steps=80, total_timesteps=1000, critic_progress=True
+    )
     seen = np.concatenate(rows)
     assert len(rows) >= 4
     assert all(count == steps for count, steps in counts)
     assert tree["agent"]["normalizer.count"] == len(seen) == tree["global_step"]
+    assert tree["agent"]["progress_normalizer.count"] == len(seen)
     np.testing.assert_allclose(tree["agent"]["normalizer.mean"].numpy(), seen.mean(0), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(tree["agent"]["normalizer.var"].numpy(), seen.var(0), rtol=1e-9, atol=1e-9)
 

@@ -260,7 +260,7 @@ def test_the_same_training_with_and_without(env_id: str) -> None:
                 episodes += collect(envs, state, rollout, args)
                 tensors += [getattr(rollout, f.name).clone() for f in dataclasses.fields(rollout)]
                 update(state.agent, state.optimizers, rollout, args, state.shuffle_rng)
-                state.agent.normalizer.update(rollout.obs[:-1].flatten(0, 1), rollout.valid.flatten())
+                state.agent.update_normalizers(rollout)
         return tensors + list(state.agent.state_dict().values()), episodes
 
     (fast, fast_episodes), (published, published_episodes) = training(True), training(False)

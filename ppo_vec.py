@@ -130,6 +130,8 @@ class Args:
     """also clip the change of the value, by --clip-coef"""
     ent_coef: float = 0.0
     """the weight of the entropy bonus"""
+    bounds_loss_coef: float = 0.0
+    """the weight of the penalty on means beyond the action bounds, where the gradient of the reward ends (rl_games)"""
     vf_coef: float = 0.5
     """the weight of the value loss"""
     max_grad_norm: float = 0.5
@@ -188,7 +190,7 @@ class Args:
                 check(value is None or value > 0, f"{flag} must be greater than 0, not {value}")
             if f.name in ("gamma", "final_gamma", "gae_lambda", "value_lambda"):
                 check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
-            if f.name in ("ent_coef", "vf_coef", "seed"):
+            if f.name in ("ent_coef", "bounds_loss_coef", "vf_coef", "seed"):
                 check(value >= 0, f"{flag} must not be negative, not {value}")
             if f.name.endswith("hidden_sizes"):
                 check(all(size >= 1 for size in value), f"{flag} must all be at least 1, not {value}")
@@ -362,12 +364,8 @@ class Agent(nn.Module):
         return self.critic(x).squeeze(-1)
 
     def log_prob_entropy(self, x: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Log density of unclipped `actions` (..., action_dim) and the Gaussian's entropy, (...) each, in nats."""
-        mean, logstd = self.mean_logstd(x)
-        z = (actions - mean) * (-logstd).exp()
-        volume = logstd.sum(-1) + 0.5 * LOG_2PI * actions.shape[-1]
-        log_prob = -0.5 * z.square().sum(-1) - volume
-        return log_prob, (volume + 0.5 * actions.shape[-1]).expand_as(log_prob)
+        """Normalised observations (..., obs_dim), actions (..., action_dim) -> log_prob_entropy of the policy there."""
+        return log_prob_entropy(*self.mean_logstd(x), actions)
 
     def update_normalizers(self, rollout: Rollout) -> None:
         """Merges the statistics of a rollout's steps."""
@@ -384,6 +382,14 @@ class Agent(nn.Module):
             if isinstance(layer, nn.Linear):
                 arrays += [layer.weight.T, layer.bias]
         return [a.detach().cpu().numpy().astype(np.float32, order="C") for a in arrays]
+
+
+def log_prob_entropy(mean: Tensor, logstd: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """Log density of unclipped `actions` (..., action_dim) and the Gaussian's entropy, (...) each, in nats."""
+    z = (actions - mean) * (-logstd).exp()
+    volume = logstd.sum(-1) + 0.5 * LOG_2PI * actions.shape[-1]
+    log_prob = -0.5 * z.square().sum(-1) - volume
+    return log_prob, (volume + 0.5 * actions.shape[-1]).expand_as(log_prob)
 
 
 TILE = 4
@@ -507,15 +513,19 @@ KL = POLICY_METRICS.index("approx_kl")
 
 def policy_loss(
     agent: Agent, x: Tensor, actions: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor,
-    clip_coef: float, ent_coef: float,
+    clip_coef: float, ent_coef: float, bounds_loss_coef: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The clipped loss of one minibatch (arXiv:1707.06347, equation 7), less the entropy bonus.
+
+    Beyond the action bounds an environment cannot tell two actions apart: a mean that has drifted out there meets no
+    gradient of the reward that would bring it back. With bounds_loss_coef its squared excess is part of the loss.
 
     Args: x (B, obs_dim) normalised observations, actions (B, action_dim); old_logprob, advantage and weight (B,). The
     weights of a minibatch sum to 1 and are 0 for rows that are masked out, so that `rows @ weight` is their mean.
     Returns: the loss, and POLICY_METRICS without gradient.
     """
-    logprob, entropy = agent.log_prob_entropy(x, actions)
+    mean, logstd = agent.mean_logstd(x)
+    logprob, entropy = log_prob_entropy(mean, logstd, actions)
     logratio = (logprob - old_logprob) * (weight > 0)  # a masked row's ratio might not be finite
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
@@ -523,7 +533,10 @@ def policy_loss(
     entropy = entropy @ weight
     with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
         metrics = torch.stack((-logratio, ratio - 1 - logratio, (ratio != clipped).float())) @ weight
-    return loss - ent_coef * entropy, torch.cat((torch.stack((loss, entropy)).detach(), metrics))
+    total = loss - ent_coef * entropy
+    if bounds_loss_coef:
+        total = total + bounds_loss_coef * ((mean.abs() - 1).clamp(min=0).square().sum(-1) @ weight)
+    return total, torch.cat((torch.stack((loss, entropy)).detach(), metrics))
 
 
 def value_loss(
@@ -616,7 +629,9 @@ def update(
 
     actor_data = ((b_obs[i], b_actions[i], b_logprobs[i], advantage(i), weight(i)) for i in epochs)
     critic_data = ((b_critic_input[i], b_returns[i], b_values[i], weight(i)) for i in epochs)
-    actor_loss = functools.partial(losses[0], agent, clip_coef=args.clip_coef, ent_coef=args.ent_coef)
+    actor_loss = functools.partial(
+        losses[0], agent, clip_coef=args.clip_coef, ent_coef=args.ent_coef, bounds_loss_coef=args.bounds_loss_coef
+    )
     critic_loss = functools.partial(
         losses[1], agent, clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, vf_coef=args.vf_coef
     )

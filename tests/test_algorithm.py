@@ -309,7 +309,7 @@ def test_a_reset_rows_value_moves_only_the_truncated_episode_before_it(seed: int
 
 VARIANTS = [
     {},
-    {"clip_vloss": True, "state_dependent_std": True, "ent_coef": 0.01},
+    {"clip_vloss": True, "state_dependent_std": True, "ent_coef": 0.01, "bounds_loss_coef": 0.02},
     {"norm_adv": False, "value_lambda": 1.0, "activation": "relu", "critic_progress": True},
 ]
 
@@ -812,7 +812,9 @@ def reference_losses(
         ((ratio - 1).abs() > clip).double(), value_loss,
     )  # fmt: skip
     *means, error = [term.sum() / max(n, 1) for term in terms]
-    return (means[0] - args.ent_coef * means[1], means), (args.vf_coef * error, [error])
+    excess = sum(max(abs(m) - 1, 0.0 * m) ** 2 for m in mean.flatten()) / max(n, 1)
+    total = means[0] - args.ent_coef * means[1] + args.bounds_loss_coef * excess
+    return (total, means), (args.vf_coef * error, [error])
 
 
 def losses(
@@ -823,9 +825,12 @@ def losses(
     weight = mask / mask.sum().clamp(min=1)
     if args.norm_adv:
         (advantage,) = normalize_advantages(advantage[None], mask[None])
+    z = agent.critic_input(x, torch.zeros(len(x), 2)) if args.critic_progress else x
     return (
-        policy_loss(agent, x, actions, old_logprob, advantage, weight, args.clip_coef, args.ent_coef),
-        value_loss(agent, x, returns, old_value, weight, args.clip_coef, args.clip_vloss, args.vf_coef),
+        policy_loss(
+            agent, x, actions, old_logprob, advantage, weight, args.clip_coef, args.ent_coef, args.bounds_loss_coef
+        ),
+        value_loss(agent, z, returns, old_value, weight, args.clip_coef, args.clip_vloss, args.vf_coef),
     )
 
 
@@ -842,8 +847,9 @@ def test_losses_and_gradients_equal_a_reference_without_masks(
     seed: int, mask: list[bool], clip_vloss: bool, norm_adv: bool, state_dependent_std: bool
 ) -> None:
     args = make_args(
-        clip_vloss=clip_vloss, norm_adv=norm_adv, state_dependent_std=state_dependent_std, ent_coef=0.1, vf_coef=0.7
-    )
+        clip_vloss=clip_vloss, norm_adv=norm_adv, state_dependent_std=state_dependent_std, ent_coef=0.1, vf_coef=0.7,
+        bounds_loss_coef=0.2 * (seed % 2),
+    )  # fmt: skip
     agent = make_agent(args, seed=seed).double()
     rng = torch.Generator().manual_seed(seed)
     x, actions, columns = (torch.randn(*shape, generator=rng).double() for shape in ((12, 5), (12, 3), (5, 12)))
@@ -1010,14 +1016,14 @@ def test_value_lambda_one_regresses_on_monte_carlo_returns() -> None:
 def test_an_update_uses_each_row_once_an_epoch_and_its_gae() -> None:
     args = make_args(
         num_envs=4, num_steps=30, num_minibatches=5, update_epochs=3, norm_adv=False, clip_coef=0.15, clip_vloss=True,
-        ent_coef=0.01, vf_coef=0.7,
+        ent_coef=0.01, vf_coef=0.7, bounds_loss_coef=0.02,
     )  # fmt: skip
     agent = make_agent(args)
     rollout = fake_rollout(args, agent)
     actor, critic = recorders()
     metrics, optimizers = run_update(args, agent, rollout, losses=(actor, critic))
     assert steps_taken(optimizers) == [15, 15]
-    assert actor.options == [{"clip_coef": 0.15, "ent_coef": 0.01}] * 15
+    assert actor.options == [{"clip_coef": 0.15, "ent_coef": 0.01, "bounds_loss_coef": 0.02}] * 15
     assert critic.options == [{"clip_coef": 0.15, "clip_vloss": True, "vf_coef": 0.7}] * 15
     logprobs, raw, weights = actor.columns(2, 3, 4)
     values, other_weights = critic.columns(2, 3)
@@ -1126,7 +1132,12 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_jobs_run_side_by_side() -> None:
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo_vec, "usable_cores", lambda: 2)
+
+
+def test_two_jobs_run_side_by_side(two_cores: None) -> None:
     barrier = threading.Barrier(2, timeout=20)  # one after the other would not get past it
 
     def job(result: str) -> tuple[str, threading.Thread]:
@@ -1141,7 +1152,9 @@ def test_two_jobs_run_side_by_side() -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_failing_job_is_told_when_the_other_has_ended(failing: int, error: type[BaseException]) -> None:
+def test_a_failing_job_is_told_when_the_other_has_ended(
+    failing: int, error: type[BaseException], two_cores: None
+) -> None:
     """Else the other would go on to change weights while its caller saves them."""
     failed, ended = threading.Event(), []
 
@@ -1160,8 +1173,20 @@ def test_a_failing_job_is_told_when_the_other_has_ended(failing: int, error: typ
     assert side_by_side(lambda: 1, lambda: 2) == (1, 2)
 
 
+def test_on_one_core_jobs_run_one_after_the_other_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, results = make_args(num_envs=4, num_steps=32), []
+    for cores in (1, 2):
+        monkeypatch.setattr(ppo_vec, "usable_cores", lambda cores=cores: cores)
+        threads = side_by_side(threading.current_thread, threading.current_thread)
+        assert (threads[0] is threads[1]) == (cores == 1)
+        agent = make_agent(args)
+        metrics, optimizers = run_update(args, agent, fake_rollout(args, agent))
+        results.append((metrics, *state_dicts(agent, optimizers)))
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("failing", [0, 1])
-def test_an_update_tells_of_either_networks_failure(failing: int) -> None:
+def test_an_update_tells_of_either_networks_failure(failing: int, two_cores: None) -> None:
     args = make_args(num_envs=4, num_steps=32)
     agent = make_agent(args)
     optimizers, steps = make_optimizers(agent, args), itertools.count()

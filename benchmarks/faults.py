@@ -3,7 +3,8 @@
     python benchmarks/faults.py                            # all of it, about 20 minutes on 2 quiet cores
     python benchmarks/faults.py --only kill-worker --count 10
 
-Writes benchmarks/results/faults.md and faults.json (a partial run prints only, unless --out names a folder).
+Writes benchmarks/results/faults.md and faults.json (a partial run prints only, unless --out names a folder; there it
+takes the place of the rows it has measured).
 tests/test_faults.py is the fast form and takes its tools from here: Trainer (a run in a process of its own),
 fingerprint and differences (bit-equality of two runs), Tiny (environments that go wrong), Fuzz (broken checkpoints).
 """
@@ -742,6 +743,7 @@ class Row:
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    run: str = ""  # the command, date and commit
 
     @property
     def ok(self) -> bool:
@@ -885,20 +887,19 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     lines = [
         "# The fault suite",
         "",
-        f"`{about['command']}` on {about['date']}, commit {about['git_commit']}; {about['cpu']}, "
-        f"{about['cores']} cores; {versions}; {about['minutes']:.1f} minutes.",
+        f"{about['cpu']}, {about['cores']} cores; {versions}.",
         "",
         "A run is as it must be if it ends with the exit code, weights, optimizer, normalisers, random states, rows of",
         "episodes.csv, TensorBoard scalars and results of the undisturbed one, to the bit, with no traceback and with",
         "no process and no shared memory left behind. A broken checkpoint executes nothing and ends in one clear line,",
         "or in the use of the previous one.",
         "",
-        "| fault | tried | as it must be | minutes | notes |",
-        "|---|---|---|---|---|",
+        "| fault | tried | as it must be | minutes | notes | run |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         notes = "; ".join(f"{k}: {v}" for k, v in row.notes.items())
-        lines.append(f"| {row.name} | {row.tried} | {row.passed} | {row.seconds / 60:.1f} | {notes} |")
+        lines.append(f"| {row.name} | {row.tried} | {row.passed} | {row.seconds / 60:.1f} | {notes} | {row.run} |")
     lines += [f"\n- {row.name}: {problem}" for row in rows for problem in row.problems]
     return "\n".join(lines) + "\n"
 
@@ -915,20 +916,27 @@ def main() -> int:
     if unknown := set(names) - set(BENCHES):
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}")
     out = options.out or (None if options.only or options.count else ROOT / "benchmarks" / "results")
-    about = {**ppo_vec.describe_run(ppo_vec.Args()), "date": time.strftime("%Y-%m-%d %H:%M")}
-    began, rows = time.monotonic(), []
+    about = ppo_vec.describe_run(ppo_vec.Args())
+    del about["args"]
+    # Parts can be run one by one: rows that are there already stay, each with its own command, date and commit.
+    report = out / "faults.json" if out else None
+    rows = {}
+    if report and report.exists():
+        rows = {name: Row(**row) for name, row in json.loads(report.read_text())["rows"].items()}
     for name in names:
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-            rows.append(BENCHES[name](options, Path(folder)))
-    about["minutes"] = (time.monotonic() - began) / 60
-    text = markdown(rows, about)
+            row = rows[name] = BENCHES[name](options, Path(folder))
+        row.run = f"`{about['command']}`, {time.strftime('%Y-%m-%d %H:%M')}, commit {about['git_commit']}"
+    rows = {name: rows[name] for name in BENCHES if name in rows}
+    text = markdown(list(rows.values()), about)
     print(text)
-    if out:
+    if report:
         out.mkdir(parents=True, exist_ok=True)
-        del about["args"]
         (out / "faults.md").write_text(text)
-        (out / "faults.json").write_text(json.dumps({**about, "rows": [vars(row) for row in rows]}, indent=2) + "\n")
-    return 0 if all(row.ok for row in rows) else 1
+        report.write_text(
+            json.dumps({**about, "rows": {name: vars(row) for name, row in rows.items()}}, indent=2) + "\n"
+        )
+    return 0 if all(rows[name].ok for name in names) else 1
 
 
 if __name__ == "__main__":

@@ -685,7 +685,9 @@ def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.o
 
 
 def scheduled(args: Args, global_step: int) -> Args:
-    """The arguments of the iteration that starts at `global_step`: learning rates, discount and reward floor change.
+    """The arguments of the iteration that starts at `global_step`.
+
+    Learning rates and entropy bonus fall linearly; discount and reward floor change in equal ratios.
 
     The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
     nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at

@@ -1503,19 +1503,19 @@ def cast_rays(walkers: Sequence[FastWalker], x: np.ndarray, y: np.ndarray) -> np
     some = [i for i, (w, cell) in enumerate(zip(walkers, cells.tolist())) if w.any_near[cell]]
     if some:
         polygons = np.stack([walkers[i].polygons[walkers[i].near[cells[i]]] for i in some])[:, None]
+        nx, ny, vx, vy = np.moveaxis(polygons, (-1, -2), (0, 1))  # (4 sides, walkers, 1, polygons) each
         px, py, dx, dy = px[some], py[some], dx[some], dy[some]
-        lower, upper = np.float32(0), np.float32(1)
-        entered = missed = np.False_
-        for side in range(4):
-            nx, ny, vx, vy = np.moveaxis(polygons[..., side, :], -1, 0)
-            numerator, denominator = nx * (vx - px) + ny * (vy - py), nx * dx + ny * dy
-            ratio = numerator / denominator
-            enters = (denominator < 0) & (numerator < lower * denominator)
-            leaves = (denominator > 0) & (numerator < upper * denominator)
+        numerators, denominators = nx * (vx - px) + ny * (vy - py), nx * dx + ny * dy
+        ratios, entering, leaving = numerators / denominators, denominators < 0, denominators > 0
+        missed = ((denominators == 0) & (numerators < 0)).any(0)
+        lower, upper, entered = np.float32(0), np.float32(1), np.False_
+        for numerator, denominator, ratio, enters, leaves in zip(numerators, denominators, ratios, entering, leaving):
+            enters = enters & (numerator < lower * denominator)
+            leaves = leaves & (numerator < upper * denominator)
             lower, upper = np.where(enters, ratio, lower), np.where(leaves, ratio, upper)
             entered = entered | enters
-            missed = missed | ((denominator == 0) & (numerator < 0)) | (upper < lower)
-        fractions[some] = np.minimum(fractions[some], np.where(entered & ~missed, lower, np.float32(1)).min(2))
+        hit = entered & ~missed & (lower <= upper)
+        fractions[some] = np.minimum(fractions[some], np.where(hit, lower, np.float32(1)).min(2))
     return fractions
 
 

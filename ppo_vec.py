@@ -62,6 +62,7 @@ import torch.nn as nn
 import tyro
 from gymnasium.envs.box2d import bipedal_walker as stock
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.async_vector_env import _async_worker
 from gymnasium.wrappers import TimeLimit
 from torch import Tensor
 
@@ -1163,6 +1164,14 @@ def end_with(trainer: int) -> None:
     os._exit(1)
 
 
+def serve(*args: Any) -> None:
+    """AsyncVectorEnv's own worker; but one whose trainer has gone ends without a traceback about its broken pipe."""
+    try:
+        _async_worker(*args)
+    except (EOFError, OSError):
+        os._exit(1)
+
+
 class WorkerFault(Exception):
     """A worker died, hung or raised."""
 
@@ -1176,7 +1185,9 @@ class Workers(AsyncVectorEnv):
         watchdog.daemon = True
         watchdog.start()
         try:
-            super().__init__(blocks, shared_memory=False, context=context, autoreset_mode=AutoresetMode.DISABLED)
+            super().__init__(
+                blocks, shared_memory=False, context=context, worker=serve, autoreset_mode=AutoresetMode.DISABLED
+            )
         except (EOFError, OSError) as error:
             raise WorkerFault(self.describe_end()) from error
         finally:
@@ -1597,20 +1608,20 @@ class State:
     def like(self, saved: dict[str, Any]) -> dict[str, Any]:
         """What `saved` must look like: this state's dict, with as many entries in its lists as `saved` has."""
         own = self.state_dict()
-        for i, optimizer in enumerate(self.optimizers):
+        actions = saved["envs"]["actions"]
+        for value in (saved["optimizers"], saved["evaluations"], saved["candidates"], saved["recent"], actions):
+            if type(value) is not list:
+                raise ValueError("a list is not what was expected")
+        for optimizer, into, other in zip(self.optimizers, own["optimizers"], saved["optimizers"]):
             (flat,) = optimizer.param_groups[0]["params"]
-            if saved["optimizers"][i]["state"]:
-                own["optimizers"][i]["state"] = {
-                    0: {"step": torch.zeros(()), "exp_avg": flat.data, "exp_avg_sq": flat.data}
-                }
+            if type(other) is dict and other["state"]:
+                into["state"] = {0: {"step": torch.zeros(()), "exp_avg": flat.data, "exp_avg_sq": flat.data}}
         row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0)], self.task.goal)}
         own["evaluations"] = [row] * len(saved["evaluations"])
         own["candidates"] = [{"agent": own["agent"], "evaluation": row}] * len(saved["candidates"])
         own["recent"] = [(0.0, 0)] * len(saved["recent"])
-        own["envs"]["actions"] = [
-            None if a is None else torch.zeros(len(a), self.task.action_dim)
-            for a in saved["envs"]["actions"][: self.args.num_envs]
-        ]
+        actions = [*actions, *[None] * self.args.num_envs][: self.args.num_envs]
+        own["envs"]["actions"] = [None if a is None else torch.zeros(len(a), self.task.action_dim) for a in actions]
         own["log_sizes"] = {"events": 0, "episodes": 0}
         own["solved_at_step"] = None if saved["solved_at_step"] is None else 0
         own["solved_at_s"] = None if saved["solved_at_s"] is None else 0.0

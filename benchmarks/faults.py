@@ -755,13 +755,13 @@ def repeat(name: str, case: Callable[[Path, random.Random, int], str], count: in
     row, began = Row(name, tried=count), time.monotonic()
 
     def one(i: int) -> str:
-        for attempt in range(5):
+        for attempt in range(30):
             rng = random.Random(f"{options.seed} {name} {i} {attempt}")
             with tempfile.TemporaryDirectory(prefix="faults-run-") as folder:
                 note = case(Path(folder) / "run", rng, i)
             if note:
                 return note
-        raise AssertionError("the run ended before the fault, five times")
+        raise AssertionError("the run ended before the fault, thirty times")
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         for i, future in enumerate([pool.submit(one, i) for i in range(count)]):

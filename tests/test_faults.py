@@ -7,6 +7,7 @@ broken checkpoints.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -20,7 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
+import torch
+from gymnasium.vector import AutoresetMode
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -503,6 +507,50 @@ def test_broken_checkpoints() -> None:
     result = faults.isolated(faults.fuzz, 120, 0)
     assert not result["problems"], "\n\n".join(result["problems"][:5])
     assert len(result["tried"]) == 10
+
+
+@pytest.mark.parametrize(
+    "path", ["optimizers", "evaluations", "candidates", "recent", "envs/actions"], ids=lambda path: path.split("/")[-1]
+)
+@pytest.mark.parametrize("value", [[], (), {}, None, torch.zeros(()), torch.zeros(3)], ids=str)
+def test_a_list_that_is_none_or_too_short_is_refused(recwarn: pytest.WarningsRecorder, path: str, value: Any) -> None:
+    """With a right digest: a file made by hand. An empty list is right where entries are added as a run goes on."""
+    args = ppo_vec.Args(env_id="Pendulum-v1", num_envs=2, actor_hidden_sizes=(4,), critic_hidden_sizes=(4,))
+    state = ppo_vec.State(args, ppo_vec.Task.of(args), torch.device("cpu"))
+    state.log_sizes = {"events": 0, "episodes": 0}
+    tree = ppo_vec.decode(ppo_vec.encode(state.state_dict()))
+    state.load(tree)
+    *parents, name = path.split("/")
+    into = tree
+    for parent in parents:
+        into = into[parent]
+    into[name] = value
+    if value == [] and name in ("evaluations", "candidates", "recent"):
+        state.load(tree)
+    else:
+        with pytest.raises(ppo_vec.UserError, match="the checkpoint does not fit"):
+            state.load(tree)
+    assert not recwarn.list
+
+
+def test_a_worker_whose_trainer_has_gone_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """The kernel kills a worker with its trainer; but the pipe breaks first, and a worker may get to notice."""
+    context = multiprocessing.get_context("fork")
+    for send in (False, True):
+        ours, theirs = context.Pipe()
+        block = functools.partial(gym.make, "Pendulum-v1")
+        process = context.Process(
+            target=ppo_vec.serve,
+            args=(0, block, theirs, ours, None, context.Queue(), AutoresetMode.DISABLED, None),
+        )
+        process.start()
+        theirs.close()
+        if send:
+            ours.send(("reset", {}))
+        ours.close()
+        process.join(30)
+        assert process.exitcode == 1
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])

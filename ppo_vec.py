@@ -725,6 +725,16 @@ REWARD_CLIP = 10.0
 CHUNK = 1024  # rows of a forward pass: more of them at once would leave the processor's cache
 
 
+def running_sums(start: np.ndarray, gains: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """(T + 1, ...) float64: `start`, and then keep[t] times the row before plus gains[t]."""
+    sums = np.empty((len(gains) + 1, *start.shape))
+    sums[0] = start
+    for t in range(len(gains)):
+        np.multiply(sums[t], keep[t], out=sums[t + 1])
+        sums[t + 1] += gains[t]
+    return sums
+
+
 class RewardScaler:
     """Divides rewards by the running deviation of the discounted return (37 details, no. 8)."""
 
@@ -734,9 +744,8 @@ class RewardScaler:
 
     def update(self, rewards: np.ndarray, valid: np.ndarray, gamma: float) -> None:
         """Merges a rollout's discounted returns. rewards, valid: (T, N); rows that are not valid start an episode."""
-        returns = np.empty(rewards.shape)
-        for t in range(len(rewards)):
-            self.returns = returns[t] = np.where(valid[t], gamma * self.returns + rewards[t], 0.0)
+        returns = running_sums(self.returns, np.where(valid, rewards, 0.0), gamma * valid)[1:]
+        self.returns = returns[-1].copy()
         self.moments.update(torch.from_numpy(returns).view(-1, 1), torch.from_numpy(valid).view(-1))
 
     def scale(self, rewards: np.ndarray, floor: float = -REWARD_CLIP) -> np.ndarray:
@@ -977,11 +986,8 @@ class EnvState:
         restarted = data.restarted & self.started  # could not be replayed: a new episode began at row 0
         self.episode[restarted] += 1
         self.lengths[restarted] = self.returns[restarted] = 0
-        progress = np.empty((len(done) + 1, *self.returns.shape, 2))
-        progress[0] = np.stack((self.lengths, self.returns), -1)
-        for t, is_step in enumerate(valid[..., None]):
-            gain = np.stack((np.ones_like(self.returns), data.rewards[t]), -1)
-            progress[t + 1] = np.where(is_step, progress[t] + gain, 0.0)
+        gains = np.stack((valid, np.where(valid, data.rewards, 0.0)), -1)
+        progress = running_sums(np.stack((self.lengths, self.returns), -1), gains, valid[..., None])
         steps = global_step + valid.sum(1).cumsum()
         episodes = []
         for t, i in np.argwhere(done):

@@ -662,14 +662,17 @@ def update(
     return {**metrics, "grad_norm": norm, "explained_variance": explained}
 
 
-BESIDE = ThreadPoolExecutor(1, "beside")
+@functools.cache
+def helper_thread(pid: int) -> ThreadPoolExecutor:
+    """One for each process: a forked one inherits the executor, but not its thread."""
+    return ThreadPoolExecutor(1)
 
 
 def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
     """Both results; `second` is computed in a thread: torch lets go of the interpreter while it works."""
     if usable_cores() == 1:
         return first(), second()
-    other = BESIDE.submit(second)
+    other = helper_thread(os.getpid()).submit(second)
     try:
         return first(), other.result()
     finally:

@@ -966,7 +966,7 @@ class EnvState:
     """Where the environments are between two rollouts: all that it takes to continue them in another process.
 
     A Box2D world cannot be pickled, but an episode is a function of its reset seed and its actions, so those are what
-    is kept (DESIGN: a fresh world at each reset makes this true of the walkers too).
+    is kept (a fresh world at each reset makes this true of the walkers too).
     """
 
     def __init__(self, num_envs: int, obs_dim: int) -> None:
@@ -1822,7 +1822,7 @@ EVALUATION_EPISODES = 10
 CANDIDATES = 3  # policies kept for the final choice
 CONFIRMATION_EPISODES = 100  # to call the task solved
 DOUBT_EPISODES = 20  # before those: one fall in ten shows in them
-EVALUATION_SHARE = 0.16  # of the steps trained, without confirmations: with them about a tenth of the time
+EVALUATION_SHARE = 0.16  # of the steps trained, confirmations apart; without an update a step costs a third
 
 
 def run_episodes(

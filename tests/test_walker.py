@@ -1,7 +1,7 @@
 """The fast walker gives the published BipedalWalker's bits: observations, rewards, ends; and costs no memory.
 
 The reference is Gymnasium's own environment, made anew for every episode: it keeps its world, and with it the order of
-its contacts, over resets (DESIGN section 6).
+its contacts, over resets.
 """
 
 from __future__ import annotations

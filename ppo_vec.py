@@ -361,9 +361,8 @@ class Agent(nn.Module):
             return mean, logstd.clamp(LOGSTD_MIN, LOGSTD_MAX)
         return out, self.actor.logstd
 
-    def critic_input(self, obs: Tensor, progress: Tensor) -> Tensor:
-        """Raw observations (..., obs_dim) and progress (..., 2) -> what `value` takes."""
-        x = self.normalizer(obs)
+    def critic_input(self, x: Tensor, progress: Tensor) -> Tensor:
+        """Normalised observations (..., obs_dim) and raw progress (..., 2) -> what `value` takes."""
         return x if self.progress_normalizer is None else torch.cat((x, self.progress_normalizer(progress)), -1)
 
     def value(self, x: Tensor) -> Tensor:
@@ -615,7 +614,7 @@ def update(
     returns = targets + rollout.values[:-1]
 
     b_obs = agent.normalizer(rollout.obs[:-1]).flatten(0, 1)
-    b_critic_input = agent.critic_input(rollout.obs[:-1], rollout.progress[:-1]).flatten(0, 1)
+    b_critic_input = agent.critic_input(b_obs, rollout.progress[:-1].flatten(0, 1))
     b_actions = torch.where(rollout.valid[..., None], rollout.actions, 0.0).flatten(0, 1)
     b_logprobs, b_advantages, b_returns, b_values = (
         torch.where(rollout.valid, t, 0.0).flatten()
@@ -784,17 +783,17 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     store(rollout.truncated, data.truncated)
     store(rollout.valid, valid)
     agent = state.agent
+    x = agent.normalizer(rollout.obs)
 
     @torch.no_grad()
     def values() -> None:
-        x = agent.critic_input(rollout.obs, rollout.progress).flatten(0, 1)
-        for out, rows in zip(rollout.values.flatten().split(CHUNK), x.split(CHUNK)):
+        batch = rollout.values.flatten(), agent.critic_input(x, rollout.progress).flatten(0, 1)
+        for out, rows in zip(*(t.split(CHUNK) for t in batch)):
             out.copy_(agent.value(rows))
 
     @torch.no_grad()
     def logprobs() -> None:
-        x = agent.normalizer(rollout.obs[:-1]).flatten(0, 1)
-        batch = rollout.logprobs.flatten(), x, rollout.actions.flatten(0, 1)
+        batch = rollout.logprobs.flatten(), x[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
         for out, rows, actions in zip(*(t.split(CHUNK) for t in batch)):
             out.copy_(agent.log_prob_entropy(rows, actions)[0])
 

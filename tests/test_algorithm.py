@@ -114,7 +114,7 @@ def fake_rollout(args: Args, agent: Agent, seed: int = 0) -> Rollout:
         tensor = getattr(rollout, name)
         tensor.copy_(torch.from_numpy(rng.normal(size=tensor.shape)))
     with torch.no_grad():
-        x, z = agent.normalizer(rollout.obs), agent.critic_input(rollout.obs, rollout.progress)
+        x, z = agent.normalizer(rollout.obs), agent.critic_input(agent.normalizer(rollout.obs), rollout.progress)
         rollout.values.copy_(agent.value(z) + torch.from_numpy(rng.normal(size=rollout.values.shape)))
         rollout.logprobs.copy_(agent.log_prob_entropy(x[:-1], rollout.actions)[0])
         rollout.logprobs += torch.from_numpy(rng.normal(0, 0.2, rollout.logprobs.shape))
@@ -437,7 +437,7 @@ def test_only_the_critic_sees_the_progress_of_the_episode() -> None:
             assert (earned[1:][ends] == 0).all()
             agent = t.state.agent
             with torch.no_grad():
-                other = agent.value(agent.critic_input(r.obs, r.progress + 50))
+                other = agent.value(agent.critic_input(agent.normalizer(r.obs), r.progress + 50))
             assert (other - r.values).abs().max() > 0.1
             t.normalize()
         assert len(t.state.agent.policy_arrays()[0]) == 3
@@ -757,7 +757,7 @@ def test_train_merges_each_rollout_into_the_normaliser_after_its_update(
     def spy(agent: Agent, optimizers: Any, rollout: Rollout, *rest: Any) -> dict[str, float]:
         with torch.no_grad():
             x = agent.normalizer(rollout.obs)
-            z = agent.critic_input(rollout.obs, rollout.progress)
+            z = agent.critic_input(agent.normalizer(rollout.obs), rollout.progress)
             torch.testing.assert_close(agent.value(z), rollout.values, rtol=1e-5, atol=1e-5)
             logprobs = agent.log_prob_entropy(x[:-1], rollout.actions)[0]
             torch.testing.assert_close(logprobs, rollout.logprobs, rtol=1e-5, atol=1e-5)

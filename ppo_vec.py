@@ -44,7 +44,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -519,7 +519,7 @@ KL = POLICY_METRICS.index("approx_kl")
 
 def policy_loss(
     agent: Agent, x: Tensor, actions: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor,
-    clip_coef: float, ent_coef: float, bounds_loss_coef: float,
+    norm_adv: bool, clip_coef: float, ent_coef: float, bounds_loss_coef: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The clipped loss of one minibatch (arXiv:1707.06347, equation 7), less the entropy bonus.
 
@@ -534,6 +534,9 @@ def policy_loss(
     logprob, entropy = log_prob_entropy(mean, logstd, actions)
     logratio = (logprob - old_logprob) * (weight > 0)  # a masked row's ratio might not be finite
     ratio = logratio.exp()
+    if norm_adv:
+        advantage = advantage - advantage @ weight
+        advantage = advantage / ((advantage.square() @ weight).sqrt() + 1e-8)
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     loss = -torch.minimum(advantage * ratio, advantage * clipped) @ weight
     entropy = entropy @ weight
@@ -563,25 +566,17 @@ def value_loss(
     return vf_coef * loss, loss.detach().view(1)
 
 
-def normalize_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Each minibatch, a row of (M, B), to mean 0 and deviation 1 over the entries whose mask is 1."""
-    count = mask.sum(1, keepdim=True)
-    centred = advantages - (advantages * mask).sum(1, keepdim=True) / count.clamp(min=1)
-    variance = (centred.square() * mask).sum(1, keepdim=True) / (count - 1).clamp(min=1)  # unbiased, as torch.std
-    return centred / (variance.sqrt() + 1e-8)
-
-
 def descend(
     net: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., tuple[Tensor, Tensor]],
-    epochs: Iterable[Sequence[Tensor]], max_grad_norm: float, target_kl: float | None = None,
+    minibatches: Iterable[Sequence[Tensor]], max_grad_norm: float, target_kl: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Steps `net` down the `loss` of each minibatch of each epoch's (num_minibatches, minibatch_size, ...) tensors.
+    """Steps `net` down the `loss` of each minibatch.
 
     Returns: a row for each step, the loss's metrics and the gradient's norm before clipping.
     """
     parameters, (flat,) = list(net.parameters()), optimizer.param_groups[0]["params"]
     rows = []
-    for minibatch in itertools.chain.from_iterable(zip(*epoch) for epoch in epochs):
+    for minibatch in minibatches:
         value, metrics = loss(*minibatch)
         # Before the step, so that no step is taken on a policy that has gone too far already (SB3).
         if target_kl is not None and metrics[KL] > target_kl:
@@ -621,26 +616,25 @@ def update(
         for t in (rollout.logprobs, advantages, returns, rollout.values[:-1])
     )
     b_mask = rollout.valid.float().flatten()
-    # The rows of each epoch's minibatches, (num_minibatches, minibatch_size); an epoch's data is gathered at once.
-    epochs = [
-        torch.randperm(args.batch_size, generator=rng).view(args.num_minibatches, -1).to(b_obs.device)
-        for _ in range(args.update_epochs)
-    ]
+    shuffles = [torch.randperm(args.batch_size, generator=rng).to(b_obs.device) for _ in range(args.update_epochs)]
 
-    def weight(rows: Tensor) -> Tensor:
-        return b_mask[rows] / b_mask[rows].sum(1, keepdim=True).clamp(min=1)
+    def minibatches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The minibatches of every epoch; their last tensor is the weight that each row has in a mean."""
+        for shuffle in shuffles:
+            rows = shuffle.view(args.num_minibatches, args.minibatch_size)
+            mask = b_mask[rows]
+            weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+            yield from zip(*(tensor[rows] for tensor in tensors), weights)  # an epoch is gathered at once
 
-    def advantage(rows: Tensor) -> Tensor:
-        return normalize_advantages(b_advantages[rows], b_mask[rows]) if args.norm_adv else b_advantages[rows]
-
-    actor_data = ((b_obs[i], b_actions[i], b_logprobs[i], advantage(i), weight(i)) for i in epochs)
-    critic_data = ((b_critic_input[i], b_returns[i], b_values[i], weight(i)) for i in epochs)
     actor_loss = functools.partial(
-        losses[0], agent, clip_coef=args.clip_coef, ent_coef=args.ent_coef, bounds_loss_coef=args.bounds_loss_coef
-    )
+        losses[0], agent, norm_adv=args.norm_adv, clip_coef=args.clip_coef, ent_coef=args.ent_coef,
+        bounds_loss_coef=args.bounds_loss_coef,
+    )  # fmt: skip
     critic_loss = functools.partial(
         losses[1], agent, clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, vf_coef=args.vf_coef
     )
+    actor_data = minibatches(b_obs, b_actions, b_logprobs, b_advantages)
+    critic_data = minibatches(b_critic_input, b_returns, b_values)
     for optimizer, rate in zip(optimizers, (args.learning_rate, args.critic_learning_rate)):
         optimizer.param_groups[0]["lr"] = args.learning_rate if rate is None else rate
     tables = side_by_side(
@@ -1619,33 +1613,39 @@ class State:
             **{name: getattr(self, name) for name in self.PLAIN},
         }
 
-    def like(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """What `saved` must look like: this state's dict, with as many entries in its lists as `saved` has."""
+    def pattern(self) -> dict[str, Any]:
+        """What a saved state must fit: one like this, further on."""
         own = self.state_dict()
-        actions = saved["envs"]["actions"]
-        for value in (saved["optimizers"], saved["evaluations"], saved["candidates"], saved["recent"], actions):
-            if type(value) is not list:
-                raise ValueError("a list is not what was expected")
-        for optimizer, into, other in zip(self.optimizers, own["optimizers"], saved["optimizers"]):
-            (flat,) = optimizer.param_groups[0]["params"]
-            if type(other) is dict and other["state"]:
-                into["state"] = {0: {"step": torch.zeros(()), "exp_avg": flat.data, "exp_avg_sq": flat.data}}
         row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0)], self.task.goal)}
-        own["evaluations"] = [row] * len(saved["evaluations"])
-        own["candidates"] = [{"agent": own["agent"], "evaluation": row}] * len(saved["candidates"])
-        own["recent"] = [(0.0, 0)] * len(saved["recent"])
-        actions = [*actions, *[None] * self.args.num_envs][: self.args.num_envs]
-        own["envs"]["actions"] = [None if a is None else torch.zeros(len(a), self.task.action_dim) for a in actions]
-        own["log_sizes"] = {"events": 0, "episodes": 0}
-        own["solved_at_step"] = None if saved["solved_at_step"] is None else 0
-        own["solved_at_s"] = None if saved["solved_at_s"] is None else 0.0
-        own["args"] = saved["args"]  # saved_args has seen them
-        return own
+
+        def adam(optimizer: torch.optim.Optimizer, own: dict[str, Any]) -> dict[str, Any]:
+            (flat,) = optimizer.param_groups[0]["params"]
+            moments = {"step": torch.zeros(()), "exp_avg": flat.data, "exp_avg_sq": flat.data}
+            return {**own, "state": one_of({}, {0: moments})}
+
+        def actions_of(episode: Any) -> bool:
+            return isinstance(episode, Tensor) and fits(episode, torch.empty(len(episode), self.task.action_dim))
+
+        return {
+            **own,
+            "args": lambda args: True,  # saved_args has seen them
+            "optimizers": [adam(*pair) for pair in zip(self.optimizers, own["optimizers"])],
+            "envs": {**own["envs"], "actions": [one_of(None, actions_of)] * self.args.num_envs},
+            "recent": list_of((0.0, 0)),
+            "evaluations": list_of(row),
+            "candidates": list_of({"agent": own["agent"], "evaluation": row}),
+            "solved_at_step": one_of(None, 0),
+            "solved_at_s": one_of(None, 0.0),
+            "log_sizes": {"events": 0, "episodes": 0},
+        }
 
     def load(self, saved: dict[str, Any]) -> None:
         """Raises UserError if `saved` does not fit this agent and environment."""
         try:
-            check_fits(saved, self.like(saved))
+            pattern = self.pattern()
+            for key in saved.keys() | pattern.keys():
+                if not fits(saved[key], pattern[key]):
+                    raise ValueError(f"{key} is not what was expected")
             self.agent.load_state_dict(saved["agent"])
             for optimizer, own in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(own)
@@ -1662,26 +1662,36 @@ class State:
             raise UserError(f"the checkpoint does not fit: {' '.join(str(error).split())[:200]}") from error
 
 
-def check_fits(saved: Any, own: Any, where: str = "") -> None:
-    """Raises ValueError where `saved` has not the types, keys and shapes of `own`.
+def fits(saved: Any, pattern: Any) -> bool:
+    """Whether `saved` has the types, keys and shapes of `pattern`, in which a function decides for itself.
 
     The digest tells that a file is intact, not who made it; and a fused optimizer does not look at shapes: it writes
     past the end of a tensor that is too small.
     """
-    if isinstance(own, Tensor):
-        fits = isinstance(saved, Tensor) and (saved.shape, saved.dtype) == (own.shape, own.dtype)
-        fits = fits and saved.layout == own.layout and saved.is_contiguous()
-    else:
-        fits = isinstance(saved, dict) if isinstance(own, dict) else type(saved) is type(own)
-    if fits and isinstance(own, dict):
-        fits = saved.keys() == own.keys()
-    if fits and isinstance(own, (list, tuple)):
-        fits = len(saved) == len(own)
-    if not fits:
-        raise ValueError(f"{where or 'its content'} is not what was expected")
-    if isinstance(own, (dict, list, tuple)):
-        for key in own if isinstance(own, dict) else range(len(own)):
-            check_fits(saved[key], own[key], f"{where}/{key}" if where else str(key))
+    if callable(pattern):
+        return pattern(saved)
+    if isinstance(pattern, Tensor):
+        same = isinstance(saved, Tensor) and (saved.shape, saved.dtype) == (pattern.shape, pattern.dtype)
+        return same and saved.layout == pattern.layout and saved.is_contiguous()
+    if isinstance(pattern, dict):  # a module's state is an OrderedDict
+        return (
+            isinstance(saved, dict)
+            and saved.keys() == pattern.keys()
+            and all(fits(saved[k], pattern[k]) for k in saved)
+        )
+    if type(saved) is not type(pattern):
+        return False
+    if isinstance(pattern, (list, tuple)):
+        return len(saved) == len(pattern) and all(map(fits, saved, pattern))
+    return True
+
+
+def list_of(pattern: Any) -> Callable[[Any], bool]:
+    return lambda saved: type(saved) is list and all(fits(row, pattern) for row in saved)
+
+
+def one_of(*patterns: Any) -> Callable[[Any], bool]:
+    return lambda saved: any(fits(saved, pattern) for pattern in patterns)
 
 
 def policy_dict(agent: Agent, args: Args, task: Task) -> dict[str, Any]:

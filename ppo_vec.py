@@ -226,6 +226,10 @@ TUNED: dict[str, dict[str, Any]] = {
         "num_steps": 128, "learning_rate": 3.5e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.85,
         "reward_floor": -1.0, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
+    "LunarLanderContinuous-v3": {  # those of rl-baselines3-zoo
+        "num_steps": 1024, "learning_rate": 3e-4, "gamma": 0.999, "gae_lambda": 0.98, "num_minibatches": 256,
+        "update_epochs": 4, "ent_coef": 0.01,
+    },
     "BipedalWalkerHardcore-v3": {
         "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 4e-4, "gamma": 0.99,
         "final_gamma": 0.999, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,

@@ -36,7 +36,7 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     # The two systems of the README's last section.
     "notebook": "--env-id LunarLanderContinuous-v3 --activation relu --state-dependent-std --learning-rate 3e-4 "
     "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "
-    "--ent-coef 0.001",
+    "--update-epochs 10 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.001",
     "tutorial": "--actor-hidden-sizes 64 64 64 --critic-hidden-sizes 128 128 --activation relu --clip-vloss",
     "sb3-zoo": "(benchmarks/sb3_zoo.py: Stable-Baselines3 with the hyperparameters of rl-baselines3-zoo)",
     # Ablations: the default without one ingredient.
@@ -115,22 +115,33 @@ def interquartile_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
     return trim_mean(values, 0.25, axis=axis)
 
 
+def bootstrap(table: np.ndarray) -> np.ndarray:
+    """The 95 % interval of the interquartile mean over the first axis, the seeds: (2, ...)."""
+    picks = np.random.default_rng(0).integers(len(table), size=(2000, len(table)))
+    return np.percentile([interquartile_mean(table[pick]) for pick in picks], (2.5, 97.5), axis=0)
+
+
+def commits(folders: list[Path]) -> str:
+    """Those that the runs began or went on at."""
+    infos = [json.loads((f / "args.json").read_text()) for f in folders if (f / "args.json").exists()]
+    return ", ".join(sorted({str(info["git_commit"]) for info in infos})) or str(
+        ppo_vec.describe_run(ppo_vec.Args())["git_commit"]
+    )
+
+
 def draw(name: str, folders: list[Path], goal: float | None, path: Path) -> None:
     """Return against steps and against seconds: every seed, the interquartile mean and its bootstrap interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     curves = [evaluations(folder) for folder in folders]
-    rng = np.random.default_rng(0)
     for axes, column, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("environment steps", "seconds")):
         grid = np.linspace(0, max(curve[column][-1] for curve in curves), 100)
         table = np.array([np.interp(grid, curve[column], curve[2]) for curve in curves])
         for curve in curves:
             axes.plot(curve[column], curve[2], color="C0", lw=0.7, alpha=0.4)
         axes.plot(grid, interquartile_mean(table), color="C0", lw=2, label=f"interquartile mean of {len(curves)} seeds")
-        picks = rng.integers(len(table), size=(500, len(table)))
-        low, high = np.percentile([interquartile_mean(table[pick]) for pick in picks], (2.5, 97.5), axis=0)
-        axes.fill_between(grid, low, high, color="C0", alpha=0.2, lw=0, label="95 % bootstrap interval")
+        axes.fill_between(grid, *bootstrap(table), color="C0", alpha=0.2, lw=0, label="95 % bootstrap interval")
         if goal is not None:
             axes.axhline(goal, color="0.4", lw=1, ls="--")
         axes.set(xlabel=label)
@@ -169,13 +180,14 @@ def main(options: Options) -> None:
     if len(means):
         lines.append(
             f"\n{len(finished)} of {len(rows)} runs finished; delivered mean: lowest {means.min():.1f}, median "
-            f"{np.median(means):.1f}, interquartile mean {interquartile_mean(means):.1f}; median steps to a confirmed "
-            f"solve: {np.median(solved):.0f}"
+            f"{np.median(means):.1f}, interquartile mean {interquartile_mean(means):.1f} (95 % bootstrap interval "
+            f"{' to '.join(f'{bound:.1f}' for bound in bootstrap(means))}); median steps to a confirmed solve: "
+            f"{np.median(solved):.0f}"
         )
     info = ppo_vec.describe_run(ppo_vec.Args())
     head = (
         f"# {name}: `python ppo_vec.py {SETTINGS[options.setting]} {options.flags} --seed SEED`\n\n"
-        f"`{info['command']}`, commit {info['git_commit']}, {time.strftime('%Y-%m-%d')}, {info['cpu']}, "
+        f"`{info['command']}`, commit {commits(folders)}, {time.strftime('%Y-%m-%d')}, {info['cpu']}, "
         f"{info['cores']} cores, {options.jobs} at a time, Python {platform.python_version()}, "
         f"torch {info['versions']['torch']}, gymnasium {info['versions']['gymnasium']}, numpy "
         f"{info['versions']['numpy']}. Deterministic, 100 test episodes on the published environment.\n"

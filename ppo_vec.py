@@ -223,8 +223,9 @@ POSITIVE = ("learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm
 # What beats the defaults above, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "num_steps": 128, "learning_rate": 3.5e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.85,
-        "reward_floor": -1.0, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
+        "num_steps": 128, "learning_rate": 3e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.9,
+        "num_minibatches": 16, "bounds_loss_coef": 0.01, "reward_floor": -1.0, "actor_hidden_sizes": (128, 128),
+        "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {  # those of rl-baselines3-zoo
         "num_steps": 1024, "learning_rate": 3e-4, "gamma": 0.999, "gae_lambda": 0.98, "num_minibatches": 256,

@@ -43,7 +43,9 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "full-price": "--num-envs 16 --reward-floor -10",
     "gamma-0.98": "--num-envs 16 --final-gamma 0.98",
     "gamma-0.99": "--num-envs 16 --gamma 0.99",
+    "no-bounds": "--num-envs 16 --bounds-loss-coef 0",
     "lambda-0.95": "--num-envs 16 --gae-lambda 0.95",
+    "minibatches-8": "--num-envs 16 --num-minibatches 8",
     "steps-256": "--num-envs 16 --num-steps 256",
     "no-anneal": "--num-envs 16 --no-anneal-lr",
 }

@@ -223,9 +223,8 @@ POSITIVE = ("learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm
 # What beats the defaults above, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "num_steps": 128, "learning_rate": 3e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.9,
-        "num_minibatches": 16, "bounds_loss_coef": 0.01, "reward_floor": -1.0, "actor_hidden_sizes": (128, 128),
-        "critic_hidden_sizes": (128, 128),
+        "num_steps": 128, "learning_rate": 3.5e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.85,
+        "reward_floor": -1.0, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {  # those of rl-baselines3-zoo
         "num_steps": 1024, "learning_rate": 3e-4, "gamma": 0.999, "gae_lambda": 0.98, "num_minibatches": 256,
@@ -1833,7 +1832,9 @@ def restore_policy(tree: dict[str, Any]) -> Policy:
 
 EVALUATIONS = 20  # periodic evaluations a run, at most
 EVALUATION_EPISODES = 10
-CANDIDATES = 3  # policies kept for the final choice
+CANDIDATES = 8  # policies kept for the final choice
+HEAT_EPISODES = 40  # in which they compete for its three places beside the last weights
+FINALISTS = 3
 CONFIRMATION_EPISODES = 100  # to call the task solved
 DOUBT_EPISODES = 20  # before those: one fall in ten shows in them
 EVALUATION_SHARE = 0.16  # of the steps trained, confirmations apart; without an update a step costs a third
@@ -1939,8 +1940,8 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     """The end of a run: the choice of what it delivers, and the test of that and of the last weights.
 
     A few periodic episodes cannot tell a policy that falls once in fifty from one that falls once in ten. So the
-    candidates and the last policy meet on the same fresh selection seeds; the winner is best.pt. The test, on other
-    seeds and the published environment, chooses nothing.
+    candidates meet on fresh selection seeds, and the best of them and the last policy on more; the winner is best.pt.
+    The test, on other seeds and the published environment, chooses nothing.
     """
     goal = state.task.goal
     last = {"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": {"global_step": state.global_step}}
@@ -1953,13 +1954,20 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
         seeds = list(range(first, first + count))
         return summarize(envs.evaluate(agent.policy_arrays(), seeds, as_published), goal)
 
-    first, state.candidates = SELECTION_SEEDS + state.selection_episodes, [last, *others]
-    state.selection_episodes += args.eval_episodes
-    for candidate in state.candidates:
-        step = candidate["evaluation"]["global_step"]
-        result = evaluate(candidate, first, args.eval_episodes, as_published=False)
-        candidate["evaluation"] = {"global_step": step, "time_s": run.wall_time(state), **result}
-        run.say(f"choosing: weights of step {step}: {describe(result)}")
+    def compete(candidates: list[dict[str, Any]], count: int) -> None:
+        first = SELECTION_SEEDS + state.selection_episodes
+        state.selection_episodes += count
+        for candidate in candidates:
+            step = candidate["evaluation"]["global_step"]
+            result = evaluate(candidate, first, count, as_published=False)
+            candidate["evaluation"] = {"global_step": step, "time_s": run.wall_time(state), **result}
+            run.say(f"choosing: weights of step {step}: {describe(result)}")
+
+    if len(others) > FINALISTS:
+        compete(others, min(HEAT_EPISODES, args.eval_episodes))
+        others.sort(key=lambda candidate: -candidate["evaluation"]["mean"])
+    state.candidates = [last, *others[:FINALISTS]]
+    compete(state.candidates, args.eval_episodes)
     state.evaluations.append(last["evaluation"])
     run.log_evaluation(state, last["evaluation"])
     if goal is not None and state.solved_at_step is None and last["evaluation"]["mean"] >= goal:

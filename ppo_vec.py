@@ -10,8 +10,8 @@ Using what a run delivers takes two lines:
     from ppo_vec import load_policy
     act = load_policy("runs/NAME"); action = act(obs)
 
-The algorithm comes first, in the order in which data passes through it: arguments, agent, GAE, update, rollout,
-train. The engine room follows: vector environment, fast walker, checkpoint, evaluation, files, command line.
+The algorithm comes first: arguments, agent, GAE, update, rollout, and train, which puts them together. The engine room
+follows: vector environment, fast walker, checkpoint, evaluation, files, command line.
 
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438. Details of implementation:
 Huang et al. 2022, "The 37 Implementation Details of PPO". Names follow CleanRL's ppo_continuous_action.py.
@@ -34,6 +34,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import platform
 import shlex
 import signal
@@ -45,8 +46,9 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +120,7 @@ class Args:
     gae_lambda: float = 0.95
     """the lambda of generalized advantage estimation"""
     value_lambda: float | None = None
-    """the lambda of the value target; default --gae-lambda; 1 regresses on Monte Carlo returns"""
+    """the lambda of the value target; default --gae-lambda; 1 regresses on Monte Carlo returns within the rollout"""
     num_minibatches: int = 8
     """minibatches per epoch"""
     update_epochs: int = 10
@@ -134,7 +136,7 @@ class Args:
     bounds_loss_coef: float = 0.0
     """the weight of the penalty on means beyond the action bounds, where the gradient of the reward ends (rl_games)"""
     vf_coef: float = 0.5
-    """the weight of the value loss"""
+    """the weight of the value loss; the critic is a network of its own, so this only moves where its clipping begins"""
     max_grad_norm: float = 0.5
     """the largest gradient norm, of actor and critic each"""
     target_kl: float | None = None
@@ -195,7 +197,11 @@ class Args:
                 check(value >= 0, f"{flag} must not be negative, not {value}")
             if f.name.endswith("hidden_sizes"):
                 check(all(size >= 1 for size in value), f"{flag} must all be at least 1, not {value}")
-        check(0 < self.worker_timeout <= threading.TIMEOUT_MAX, "--worker-timeout is too long")
+        check(
+            self.final_gamma is None or max(self.gamma, self.final_gamma) < 1,
+            "--final-gamma needs --gamma and itself below 1: what changes in equal ratios is what they lack to it",
+        )
+        check(self.worker_timeout <= threading.TIMEOUT_MAX, "--worker-timeout is too long")
         check(-REWARD_CLIP <= self.reward_floor < 0, f"--reward-floor must lie in [-10, 0), not {self.reward_floor}")
         check(self.activation in ACTIVATIONS, f"--activation must be one of {', '.join(ACTIVATIONS)}")
         check(
@@ -226,7 +232,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "num_steps": 128, "learning_rate": 3.5e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.85,
         "reward_floor": -1.0, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
-    "LunarLanderContinuous-v3": {  # those of rl-baselines3-zoo
+    "LunarLanderContinuous-v3": {  # these values are rl-baselines3-zoo's
         "num_steps": 1024, "learning_rate": 3e-4, "gamma": 0.999, "gae_lambda": 0.98, "num_minibatches": 256,
         "update_epochs": 4, "ent_coef": 0.01,
     },
@@ -285,7 +291,7 @@ OBS_CLIP = 10.0
 class Normalizer(nn.Module):
     """Running mean and variance, as buffers of the agent: a checkpoint cannot lose them (CleanRL #425).
 
-    Frozen through a rollout and its update; `update` merges the rollout's statistics once an iteration.
+    An agent's are frozen through a rollout and its update; `update` merges the rollout's statistics once an iteration.
     """
 
     def __init__(self, size: int) -> None:
@@ -531,7 +537,8 @@ def policy_loss(
     gradient of the reward that would bring it back. With bounds_loss_coef its squared excess is part of the loss.
 
     Args: x (B, obs_dim) normalised observations, actions (B, action_dim); old_logprob, advantage and weight (B,). The
-    weights of a minibatch sum to 1 and are 0 for rows that are masked out, so that `rows @ weight` is their mean.
+    weights of a minibatch sum to 1 and are 0 for rows that are masked out, so that `rows @ weight` is a mean (all are
+    0 where there is no other row).
     Returns: the loss, and POLICY_METRICS without gradient.
     """
     mean, logstd = agent.mean_logstd(x)
@@ -639,8 +646,8 @@ def update(
     )
     actor_data = minibatches(b_obs, b_actions, b_logprobs, b_advantages)
     critic_data = minibatches(b_critic_input, b_returns, b_values)
-    for optimizer, rate in zip(optimizers, (args.learning_rate, args.critic_learning_rate)):
-        optimizer.param_groups[0]["lr"] = args.learning_rate if rate is None else rate
+    for optimizer, rate in zip(optimizers, (args.learning_rate, args.critic_learning_rate or args.learning_rate)):
+        optimizer.param_groups[0]["lr"] = rate
     tables = side_by_side(
         lambda: descend(agent.actor, optimizers[0], actor_loss, actor_data, args.max_grad_norm, args.target_kl),
         lambda: descend(agent.critic, optimizers[1], critic_loss, critic_data, args.max_grad_norm),
@@ -659,21 +666,13 @@ def update(
     return {**metrics, "grad_norm": norm, "explained_variance": explained}
 
 
-@functools.cache
-def helper_thread(pid: int) -> ThreadPoolExecutor:
-    """One for each process: a forked one inherits the executor, but not its thread."""
-    return ThreadPoolExecutor(1)
-
-
 def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
     """Both results; `second` is computed in a thread: torch lets go of the interpreter while it works."""
     if usable_cores() == 1:
         return first(), second()
-    other = helper_thread(os.getpid()).submit(second)
-    try:
+    with ThreadPoolExecutor(1) as pool:  # waits for `second`, whatever `first` raises
+        other = pool.submit(second)
         return first(), other.result()
-    finally:
-        wait([other])
 
 
 def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.optim.Adam]:
@@ -736,7 +735,10 @@ def running_sums(start: np.ndarray, gains: np.ndarray, keep: np.ndarray) -> np.n
 
 
 class RewardScaler:
-    """Divides rewards by the running deviation of the discounted return (37 details, no. 8)."""
+    """Divides rewards by the running deviation of the discounted return (37 details, continuous control no. 8).
+
+    A rollout's rewards are divided by a deviation that has them merged already.
+    """
 
     def __init__(self, num_envs: int) -> None:
         self.returns = np.zeros(num_envs)  # the discounted return so far, per environment
@@ -763,8 +765,7 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     """
     noise = state.noise_rng.standard_normal((args.num_steps, args.num_envs, envs.action_dim), dtype=np.float32)
     data = envs.rollout(state.agent.policy_arrays(), noise)
-    if state.envs.started:
-        state.reward_scaler.returns[data.restarted] = 0.0  # could not be replayed: a new episode
+    state.reward_scaler.returns[data.restarted] = 0.0  # could not be replayed: a new episode
     valid, progress, episodes = state.envs.advance(data, state.global_step)
     state.global_step += int(valid.sum())
     state.episode_count += len(episodes)
@@ -785,15 +786,13 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
 
     @torch.no_grad()
     def values() -> None:
-        batch = rollout.values.flatten(), agent.critic_input(x, rollout.progress).flatten(0, 1)
-        for out, rows in zip(*(t.split(CHUNK) for t in batch)):
-            out.copy_(agent.value(rows))
+        inputs = agent.critic_input(x, rollout.progress).flatten(0, 1).split(CHUNK)
+        rollout.values.view(-1).copy_(torch.cat([agent.value(rows) for rows in inputs]))
 
     @torch.no_grad()
     def logprobs() -> None:
-        batch = rollout.logprobs.flatten(), x[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
-        for out, rows, actions in zip(*(t.split(CHUNK) for t in batch)):
-            out.copy_(agent.log_prob_entropy(rows, actions)[0])
+        pairs = zip(x[:-1].flatten(0, 1).split(CHUNK), rollout.actions.flatten(0, 1).split(CHUNK))
+        rollout.logprobs.view(-1).copy_(torch.cat([agent.log_prob_entropy(*pair)[0] for pair in pairs]))
 
     side_by_side(values, logprobs)
     return episodes
@@ -1054,6 +1053,13 @@ class SharedArrays:
 
         self.raw = {name: allocate(*spec) for name, spec in layout.items()}
         self.raw_policy = [allocate(a.shape, a.dtype) for a in policy]
+
+    def __getstate__(self) -> bytes:
+        """For spawned workers: AsyncVectorEnv pickles with cloudpickle, which knows nothing of shared memory."""
+        return bytes(ForkingPickler.dumps(vars(self)))
+
+    def __setstate__(self, state: bytes) -> None:
+        vars(self).update(pickle.loads(state))
 
     def open(self) -> RolloutData:
         def view(raw: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -1468,7 +1474,8 @@ def step_walkers(
             joint.maxMotorTorque = torque
         walker.world.Step(1.0 / stock.FPS, 6 * 30, 2 * 30)
         position, velocity, angle = hull.position, hull.linearVelocity, hull.angle
-        x[i], y[i] = px, _ = position.x, position.y
+        px = position.x
+        x[i], y[i] = px, position.y
         hip0, knee0, hip1, knee1 = joints
         obs[i, :14] = (
             angle,
@@ -1497,7 +1504,7 @@ def step_walkers(
     obs[:, 14:] = cast_rays(walkers, np.array(x), np.array(y))
     rewards = progress.astype(actions.dtype)
     cost = actions.dtype.type(TORQUE_COST) * effort
-    for j in range(4):
+    for j in range(4):  # one after another, as the published environment does: a sum has other bits
         rewards -= cost[:, j]
     rewards[fell] = -100
     return obs, rewards, terminated, truncated
@@ -1910,9 +1917,9 @@ def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     if goal is not None and state.solved_at_step is None and mean(episodes) >= goal:
         confirmation = more(CONFIRMATION_EPISODES)
         if mean(confirmation) >= goal:
-            state.solved_at_step, state.solved_at_s = state.global_step, run.wall_time(state)
+            state.solved_at_step, state.solved_at_s = state.global_step, run.wall_time()
         episodes += confirmation
-    row = {"global_step": state.global_step, "time_s": run.wall_time(state), **summarize(episodes, goal)}
+    row = {"global_step": state.global_step, "time_s": run.wall_time(), **summarize(episodes, goal)}
     state.evaluations.append(row)
     state.candidates.append({"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": row})
     rank_candidates(state, run)
@@ -1960,8 +1967,8 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
         for candidate in candidates:
             step = candidate["evaluation"]["global_step"]
             result = evaluate(candidate, first, count, as_published=False)
-            candidate["evaluation"] = {"global_step": step, "time_s": run.wall_time(state), **result}
-            run.say(f"choosing: weights of step {step}: {describe(result)}")
+            candidate["evaluation"] = {"global_step": step, "time_s": run.wall_time(), **result}
+            say(f"choosing: weights of step {step}: {describe(result)}")
 
     if len(others) > FINALISTS:
         compete(others, min(HEAT_EPISODES, args.eval_episodes))
@@ -1970,22 +1977,23 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     compete(state.candidates, args.eval_episodes)
     state.evaluations.append(last["evaluation"])
     run.log_evaluation(state, last["evaluation"])
-    if goal is not None and state.solved_at_step is None and last["evaluation"]["mean"] >= goal:
-        state.solved_at_step, state.solved_at_s = state.global_step, run.wall_time(state)
+    confirmed = args.eval_episodes >= CONFIRMATION_EPISODES and goal is not None and last["evaluation"]["mean"] >= goal
+    if confirmed and state.solved_at_step is None:
+        state.solved_at_step, state.solved_at_s = state.global_step, run.wall_time()
     rank_candidates(state, run)
 
     best = state.candidates[0]
     last_test = evaluate(last, TEST_SEEDS, args.eval_episodes, as_published=True)
     best_test = last_test if best is last else evaluate(best, TEST_SEEDS, args.eval_episodes, as_published=True)
-    run.say(f"test on unseen episodes of the published environment: last weights {describe(last_test)}")
-    run.say(f"delivered policy, of step {best['evaluation']['global_step']}: {describe(best_test)}")
+    say(f"test on unseen episodes of the published environment: last weights {describe(last_test)}")
+    say(f"delivered policy, of step {best['evaluation']['global_step']}: {describe(best_test)}")
     state.finished = True
     fields = {f"eval_{k}": v for k, v in best_test.items()}
     run.write_summary(state, envs, fields | {f"last_eval_{k}": last_test[k] for k in ("mean", "std", "min")})
     run.save(state)
     if args.capture_video:
         agent.load_state_dict(best["agent"])
-        run.say(f"video: {record_video(state.task, state.task.policy(agent), run.path / 'videos', TEST_SEEDS)}")
+        say(f"video: {record_video(state.task, state.task.policy(agent), run.path / 'videos', TEST_SEEDS)}")
 
 
 def describe(result: dict[str, float]) -> str:
@@ -2161,7 +2169,7 @@ class Run:
             signal.setitimer(signal.ITIMER_REAL, 3.0)
 
     def on_alarm(self, *_: Any) -> None:
-        raise Interrupted  # the checkpoint of the last iteration is on the disk
+        raise Interrupted  # what has happened since the last checkpoint, a few seconds ago, is done again on --resume
 
     # -- what is written ------------------------------------------------------------------------------------------
 
@@ -2188,7 +2196,7 @@ class Run:
     def save(self, state: State) -> None:
         """Writes checkpoint.pt, keeping the one before; a disk that is full does not end the run."""
         began = time.perf_counter()
-        state.wall_time_s = self.wall_time(state)
+        state.wall_time_s = self.wall_time()
         self.write_again()
         try:
             if all([self.events.flush(sync=True), self.episodes.flush(sync=True)]):
@@ -2200,6 +2208,8 @@ class Run:
                 if self.save_failing:
                     warn("checkpoints can be written again")
                 self.save_failing = False
+            else:
+                self.save_failing = True
         except OSError as error:
             if not self.save_failing:
                 warn(f"cannot write a checkpoint ({error.strerror}); the run goes on and tries again")
@@ -2221,7 +2231,7 @@ class Run:
             "env_id": self.args.env_id,
             "seed": self.args.seed,
             "global_step": state.global_step,
-            "wall_time_s": round(self.wall_time(state), 3),
+            "wall_time_s": round(self.wall_time(), 3),
             "train_time_s": round(state.train_time_s, 3),
             "sps": round(state.global_step / max(state.train_time_s, 1e-9), 1),
             **evaluation,
@@ -2242,7 +2252,7 @@ class Run:
 
     # -- what is logged -------------------------------------------------------------------------------------------
 
-    def wall_time(self, state: State) -> float:
+    def wall_time(self) -> float:
         return self.wall_before + time.perf_counter() - self.started
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -2264,7 +2274,7 @@ class Run:
                 episode.global_step,
                 {"charts/episodic_return": episode.ret, "charts/episodic_length": float(episode.length)},
             )
-            line = f"{episode.global_step},{self.wall_time(state):.3f},{episode.ret!r},{episode.length},{episode.env}\n"
+            line = f"{episode.global_step},{self.wall_time():.3f},{episode.ret!r},{episode.length},{episode.env}\n"
             self.episodes.pending += line.encode()
             state.recent.append((episode.ret, episode.length))
         values = {
@@ -2300,10 +2310,7 @@ class Run:
 
     def log_evaluation(self, state: State, row: dict[str, float]) -> None:
         self.scalars(state.global_step, {"charts/eval_return": row["mean"]})
-        self.say(f"step {state.global_step}: evaluation {describe(row)}")
-
-    def say(self, message: str) -> None:
-        say(message)
+        say(f"step {state.global_step}: evaluation {describe(row)}")
 
 
 class Interrupted(BaseException):
@@ -2347,7 +2354,7 @@ def describe_run(args: Args) -> dict[str, Any]:
         "git_commit": commit(),
         "cpu": processor(),
         "cores": usable_cores(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else None,
     }
 
 
@@ -2370,7 +2377,7 @@ def plot_learning_curve(path: Path, goal: float | None) -> None:
     axes = figure.subplots()
     axes.fill_between(x, mean - std, mean + std, alpha=0.25, lw=0, label="±1 standard deviation")
     axes.plot(x, mean, lw=1.5, label=f"training return, mean of {window} episodes")
-    with contextlib.suppress(OSError, ValueError, UserError):
+    with contextlib.suppress(OSError, ValueError):
         tree = decode((path / "checkpoint.pt").read_bytes())
         points = [(e["global_step"], e["mean"]) for e in tree["evaluations"]]
         if points:
@@ -2531,4 +2538,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # As a module: a spawned worker looks its classes up there, and would get copies of those in __main__.
+    sys.exit(importlib.import_module(Path(__file__).stem).main())

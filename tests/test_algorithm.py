@@ -11,6 +11,9 @@ import io
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -1370,6 +1373,27 @@ def test_results_depend_on_the_seed_and_not_on_the_workers(tmp_path: Path, no_ev
     other = run(2, 2)
     assert not torch.equal(first[0]["agent"]["actor.0.weight"], other[0]["agent"]["actor.0.weight"])
     assert first[1] != other[1]
+
+
+@pytest.mark.timeout(200)
+def test_spawned_workers_give_the_same_result(tmp_path: Path) -> None:
+    """As on macOS and Windows: started as a program, whose classes and shared memory have to reach the workers."""
+    forks = 'self.context = "fork" if sys.platform == "linux" else "spawn"'
+    source, results = Path(ppo_vec.__file__).read_text(), []
+    assert source.count(forks) == 1
+    for context in ("fork", "spawn"):
+        folder = tmp_path / context
+        folder.mkdir()
+        (folder / "ppo_vec.py").write_text(source.replace(forks, f'self.context = "{context}"'))
+        flags = "--num-envs 3 --num-workers 2 --num-steps 64 --total-timesteps 300 --eval-episodes 2 --run-name run"
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        command = [sys.executable, "ppo_vec.py", *flags.split()]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        tree = ppo_vec.read_checkpoint(str(folder / "runs" / "run"))[1]
+        results.append((tree["agent"], [row["mean"] for row in tree["evaluations"]]))
+    assert_same(*results)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

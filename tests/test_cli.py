@@ -127,6 +127,8 @@ BAD_ARGUMENTS = [
     *(f"--{flag} {value}" for flag in ("ent-coef", "vf-coef") for value in ("-1", "nan")),
     *(f"--worker-timeout {value}" for value in ("0", "-1", "nan", "inf", "1e300")),
     "--reward-floor 1",
+    "--final-gamma 1",
+    "--gamma 1 --final-gamma 0.99",
     "--actor-hidden-sizes 64 0",
     "--critic-hidden-sizes -1",
     "--stochastic",

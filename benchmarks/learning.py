@@ -38,7 +38,7 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "
     "--update-epochs 10 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.001",
     "tutorial": "--actor-hidden-sizes 64 64 64 --critic-hidden-sizes 128 128 --activation relu --clip-vloss",
-    "sb3-zoo": "(benchmarks/sb3_zoo.py: Stable-Baselines3 with the hyperparameters of rl-baselines3-zoo)",
+    "sb3-zoo": "",  # benchmarks/sb3_zoo.py: Stable-Baselines3 with the hyperparameters of rl-baselines3-zoo
     # Ablations: the default without one ingredient.
     "full-price": "--num-envs 16 --reward-floor -10",
     "gamma-0.98": "--num-envs 16 --final-gamma 0.98",
@@ -187,8 +187,11 @@ def main(options: Options) -> None:
             f"{np.median(solved):.0f}"
         )
     info = ppo_vec.describe_run(ppo_vec.Args())
+    program = " ".join(["python ppo_vec.py", SETTINGS[options.setting], options.flags]).strip()
+    if options.setting == "sb3-zoo":
+        program = f"python benchmarks/sb3_zoo.py --run-dir DIR {options.flags}".strip()
     head = (
-        f"# {name}: `python ppo_vec.py {SETTINGS[options.setting]} {options.flags} --seed SEED`\n\n"
+        f"# {name}: `{program} --seed SEED`\n\n"
         f"`{info['command']}`, commit {commits(folders)}, {time.strftime('%Y-%m-%d')}, {info['cpu']}, "
         f"{info['cores']} cores, {options.jobs} at a time, Python {platform.python_version()}, "
         f"torch {info['versions']['torch']}, gymnasium {info['versions']['gymnasium']}, numpy "

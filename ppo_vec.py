@@ -141,11 +141,15 @@ class Args:
     """the largest gradient norm, of actor and critic each"""
     target_kl: float | None = None
     """end the actor's update before the minibatch whose approximate KL divergence passes this"""
-    reward_floor: float = -10.0
-    """lower bound of the normalised reward at the start; -1 softens a fall's -100. Deepens to -10 by the end"""
+    fall_reward: float | None = None
+    """the normalised reward of a fall (-100) at the start of training; default: what normalising makes of it"""
+    final_fall_reward: float | None = None
+    """let it change in equal ratios to this by the end of training; default: constant"""
     compile: bool = False
     """torch.compile the loss (needs a C++ compiler; pays on long runs)"""
 
+    initial_std: float = 1.0
+    """the standard deviation of the first actions, in units of the action bounds"""
     actor_hidden_sizes: tuple[int, ...] = (64, 64)
     """the widths of the actor's hidden layers"""
     critic_hidden_sizes: tuple[int, ...] = (64, 64)
@@ -162,7 +166,7 @@ class Args:
     evaluate: str | None = None
     """evaluate this run (its folder or a checkpoint) instead of training"""
     eval_episodes: int = 100
-    """the number of test episodes, with --evaluate and at the end of training (there also of the final choice)"""
+    """the number of test episodes, with --evaluate and at the end of training (there twice as many for the choice)"""
     stochastic: bool = False
     """with --evaluate: sample actions instead of taking the mean"""
     capture_video: bool = False
@@ -202,7 +206,9 @@ class Args:
             "--final-gamma needs --gamma and itself below 1: what changes in equal ratios is what they lack to it",
         )
         check(self.worker_timeout <= threading.TIMEOUT_MAX, "--worker-timeout is too long")
-        check(-REWARD_CLIP <= self.reward_floor < 0, f"--reward-floor must lie in [-10, 0), not {self.reward_floor}")
+        for flag, value in (("--fall-reward", self.fall_reward), ("--final-fall-reward", self.final_fall_reward)):
+            check(value is None or value < 0, f"{flag} must be less than 0, not {value}")
+        check(self.final_fall_reward is None or self.fall_reward is not None, "--final-fall-reward needs --fall-reward")
         check(self.activation in ACTIVATIONS, f"--activation must be one of {', '.join(ACTIVATIONS)}")
         check(
             self.num_workers is None or self.num_workers <= self.num_envs,
@@ -224,13 +230,16 @@ class Args:
             check(plain, f"{flag} {name!r} must be a plain folder name")
 
 
-POSITIVE = ("learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm", "target_kl", "worker_timeout")
+POSITIVE = (
+    "learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm", "target_kl", "worker_timeout", "initial_std",
+)  # fmt: skip
 
 # What beats the defaults above, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "num_steps": 128, "learning_rate": 3.5e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.85,
-        "reward_floor": -1.0, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
+        "num_steps": 128, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.85,
+        "fall_reward": -1.0, "final_fall_reward": -20.0, "initial_std": 0.5, "actor_hidden_sizes": (128, 128),
+        "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {  # these values are rl-baselines3-zoo's
         "num_steps": 1024, "learning_rate": 3e-4, "gamma": 0.999, "gae_lambda": 0.98, "num_minibatches": 256,
@@ -239,8 +248,8 @@ TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalkerHardcore-v3": {
         "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 4e-4, "gamma": 0.99,
         "final_gamma": 0.999, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
-        "reward_floor": -1.0, "critic_progress": True, "actor_hidden_sizes": (256, 256),
-        "critic_hidden_sizes": (256, 256),
+        "fall_reward": -1.0, "final_fall_reward": -12.0, "initial_std": 0.5, "critic_progress": True,
+        "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
 
@@ -360,8 +369,11 @@ class Agent(nn.Module):
         self.critic = mlp(
             (obs_dim + 2 * args.critic_progress, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0
         )
-        if not args.state_dependent_std:
-            self.actor.register_parameter("logstd", nn.Parameter(torch.zeros(action_dim)))
+        logstd = torch.full((action_dim,), math.log(args.initial_std))
+        if args.state_dependent_std:
+            self.actor[-1].bias.data[action_dim:] = logstd
+        else:
+            self.actor.register_parameter("logstd", nn.Parameter(logstd))
 
     def mean_logstd(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised observations (..., obs_dim) -> the Gaussian's mean (..., action_dim) and log deviation."""
@@ -705,13 +717,14 @@ def scheduled(args: Args, global_step: int) -> Args:
         return start ** (1 - progress) * end**progress
 
     left = 1 - progress if args.anneal_lr else 1.0
+    fall, final_fall = args.fall_reward, args.final_fall_reward
     return dataclasses.replace(
         args,
         learning_rate=left * args.learning_rate,
         critic_learning_rate=left * (args.critic_learning_rate or args.learning_rate),
         ent_coef=left * args.ent_coef,
         gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
-        reward_floor=-geometric(-args.reward_floor, REWARD_CLIP),
+        fall_reward=fall if final_fall is None else -geometric(-fall, -final_fall),
     )
 
 
@@ -721,6 +734,7 @@ def scheduled(args: Args, global_step: int) -> Args:
 
 
 REWARD_CLIP = 10.0
+FALL = -100.0  # the reward of a fall or crash in the Box2D environments
 CHUNK = 1024  # rows of a forward pass: more of them at once would leave the processor's cache
 
 
@@ -750,9 +764,11 @@ class RewardScaler:
         self.returns = returns[-1].copy()
         self.moments.update(torch.from_numpy(returns).view(-1, 1), torch.from_numpy(valid).view(-1))
 
-    def scale(self, rewards: np.ndarray, floor: float = -REWARD_CLIP) -> np.ndarray:
-        """Raw rewards -> scaled float32 ones, clipped to [floor, 10]."""
-        return np.clip(rewards / math.sqrt(float(self.moments.var) + 1e-8), floor, REWARD_CLIP).astype(np.float32)
+    def scale(self, rewards: np.ndarray, fall_reward: float | None = None) -> np.ndarray:
+        """Raw rewards -> scaled float32 ones, clipped to +-10; a fall's becomes `fall_reward`, if that is given."""
+        deviation = math.sqrt(float(self.moments.var) + 1e-8)
+        scaled = np.clip(rewards / deviation, -REWARD_CLIP, REWARD_CLIP).astype(np.float32)
+        return scaled if fall_reward is None else np.where(rewards <= FALL, np.float32(fall_reward), scaled)
 
 
 def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Episode]:
@@ -777,7 +793,7 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     store(rollout.obs, data.obs)
     store(rollout.progress, progress)
     store(rollout.actions, data.actions)
-    store(rollout.rewards, state.reward_scaler.scale(data.rewards, args.reward_floor))
+    store(rollout.rewards, state.reward_scaler.scale(data.rewards, args.fall_reward))
     store(rollout.terminated, data.terminated)
     store(rollout.truncated, data.truncated)
     store(rollout.valid, valid)
@@ -955,7 +971,7 @@ class Episode:
     env: int
     ret: float
     length: int
-    fell: bool  # ended by a termination with the -100 of the Box2D environments
+    fell: bool  # ended by a termination with the reward of a fall
 
 
 class EnvState:
@@ -991,7 +1007,7 @@ class EnvState:
         episodes = []
         for t, i in np.argwhere(done):
             length, ret = progress[t + 1, i].tolist()
-            fell = bool(data.terminated[t, i] and data.rewards[t, i] <= -100)
+            fell = bool(data.terminated[t, i] and data.rewards[t, i] <= FALL)
             episodes.append(Episode(int(steps[t]), int(i), ret, int(length), fell))
         for i in range(valid.shape[1]):
             resets = np.flatnonzero(~valid[:, i])
@@ -1506,7 +1522,7 @@ def step_walkers(
     cost = actions.dtype.type(TORQUE_COST) * effort
     for j in range(4):  # one after another, as the published environment does: a sum has other bits
         rewards -= cost[:, j]
-    rewards[fell] = -100
+    rewards[fell] = FALL
     return obs, rewards, terminated, truncated
 
 
@@ -1927,9 +1943,15 @@ def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     run.write_summary(state, envs, summarize_periodic(state))
 
 
+def standing(candidate: dict[str, Any]) -> float:
+    """Its mean return less one standard error: between two equal means, the one without a fall was no luck."""
+    evaluation = candidate["evaluation"]
+    return evaluation["mean"] - evaluation["std"] / math.sqrt(evaluation["episodes"])
+
+
 def rank_candidates(state: State, run: Run) -> None:
     """Keeps the few best; best.pt is the first of them."""
-    state.candidates.sort(key=lambda candidate: -candidate["evaluation"]["mean"])
+    state.candidates.sort(key=standing, reverse=True)
     del state.candidates[CANDIDATES:]
     run.save_best(state)
 
@@ -1972,9 +1994,9 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
 
     if len(others) > FINALISTS:
         compete(others, min(HEAT_EPISODES, args.eval_episodes))
-        others.sort(key=lambda candidate: -candidate["evaluation"]["mean"])
+        others.sort(key=standing, reverse=True)
     state.candidates = [last, *others[:FINALISTS]]
-    compete(state.candidates, args.eval_episodes)
+    compete(state.candidates, 2 * args.eval_episodes)
     state.evaluations.append(last["evaluation"])
     run.log_evaluation(state, last["evaluation"])
     confirmed = args.eval_episodes >= CONFIRMATION_EPISODES and goal is not None and last["evaluation"]["mean"] >= goal

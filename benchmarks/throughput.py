@@ -504,6 +504,10 @@ def make_rows(bench: Bench, few: int, many: int) -> dict[Any, Row]:
     row("skrl async", train, "skrl PPO, AsyncVectorEnv", skrl(bench, base, AsyncVectorEnv))
     row("skrl sync", train, "skrl PPO, SyncVectorEnv", skrl(bench, base, SyncVectorEnv))
     row("train", train, "ours", training(bench, base, learn=True), True)
+    small = replace(base, num_minibatches=max(1, base.batch_size // 64))
+    train = f"{train}, minibatches of {small.minibatch_size} (SB3's default)"
+    row("sb3 small", train, "SB3 PPO, DummyVecEnv", sb3(bench, small, False))
+    row("train small", train, "ours", training(bench, small, learn=True), True)
     row("floor", "update", "its matrix products alone", products_alone(bench, base), True, unit="ms")
     row("update", "update", "one update", updating(bench, base), True, unit="ms")
     for n in (few, many):  # last: its threads are better not there when others fork
@@ -528,6 +532,7 @@ def make_goals(rows: dict[Any, Row], few: int, many: int) -> list[dict[str, Any]
         (f"rollouts over the machine's limit, {many} envs", ratio(("collect", *at_many), ("limit", *at_many)), 0.93),
         ("the update over its floor", ratio("update", "floor"), -2.5),  # negative: at most
         (f"whole training over {rows[faster].name}", ratio("train", faster), 5),
+        ("the same with minibatches of 64, SB3's default", ratio("train small", "sb3 small"), 5),
         (f"growth from 1 to 2 workers over that of processes, {many} envs", [a / b for a, b in zip(*growth)], 0.95),
     ]  # fmt: skip
     report = []

@@ -705,7 +705,7 @@ def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.o
 def scheduled(args: Args, global_step: int) -> Args:
     """The arguments of the iteration that starts at `global_step`.
 
-    Learning rates and entropy bonus fall linearly; discount and reward floor change in equal ratios.
+    Learning rates and entropy bonus fall linearly; discount and the price of a fall change in equal ratios.
 
     The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
     nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at
@@ -2421,9 +2421,9 @@ def plot_learning_curve(path: Path, goal: float | None) -> None:
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-CHANGEABLE = {  # on --resume; whatever else changed would make it another run
+CHANGEABLE = {  # on --resume and --evaluate; whatever else changed would make it another run
     "total_timesteps", "num_workers", "worker_timeout", "fast_walker", "track", "capture_video", "eval_episodes",
-    "cuda", "resume", "runs_dir", "run_name",
+    "cuda", "resume", "evaluate", "stochastic", "runs_dir", "run_name",
 }  # fmt: skip
 
 
@@ -2442,7 +2442,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
     where = known.evaluate if known.resume is None else known.resume
     if where is None:
         env_id = known.env_id or Args.env_id
-        defaults = Args(**{"env_id": env_id, **TUNED.get(env_id, {})})
+        tuned = TUNED.get(env_id) or TUNED.get(f"{env_id}-v3", {})  # Gymnasium takes an id without a version, too
+        defaults = Args(**{"env_id": env_id, **tuned})
         args = tyro.cli(Args, args=list(argv), default=defaults)
         args.validate()
         return args, None
@@ -2455,10 +2456,11 @@ def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
         raise UserError(f"{where} was trained on {saved.env_id}, not on {known.env_id}")
     args = tyro.cli(Args, args=list(argv), default=saved)
     args.validate()
+    for f in dataclasses.fields(Args):
+        if f.name not in CHANGEABLE and getattr(args, f.name) != getattr(saved, f.name):
+            mode = "resumed" if known.resume else "evaluated"
+            raise UserError(f"--{f.name.replace('_', '-')} cannot change when a run is {mode}")
     if known.resume:
-        for f in dataclasses.fields(Args):
-            if f.name not in CHANGEABLE and getattr(args, f.name) != getattr(saved, f.name):
-                raise UserError(f"--{f.name.replace('_', '-')} cannot change when a run is resumed")
         if "optimizers" not in tree:
             raise UserError(f"{path} holds a policy only; resume from the run's folder or its checkpoint.pt")
         folder = path.resolve().parent  # wherever the run folder is now

@@ -183,8 +183,9 @@ def test_what_tyro_refuses(argv: str, no_process: None, capsys: pytest.CaptureFi
 
 
 def test_walker_without_a_version_is_the_walker() -> None:
-    """Gymnasium takes the newest version; it must be replayed as that one."""
+    """Gymnasium takes the newest version; it must be replayed as that one, with that one's tuned values."""
     args, _ = ppo_vec.parse_args(["--env-id", "BipedalWalker"])
+    assert args == dataclasses.replace(ppo_vec.parse_args([])[0], env_id="BipedalWalker")
     assert isinstance(ppo_vec.Task.of(args).make_env(), ppo_vec.FastWalker)
 
 
@@ -263,6 +264,8 @@ def test_checkpoint_that_cannot_be_used(
         ("--evaluate RUN/args.json/x", []),
         ("--evaluate " + "a" * 5000, []),
         ("--evaluate RUN --eval-episodes 0", ["--eval-episodes"]),
+        ("--evaluate RUN --seed 7", ["--seed", "evaluated"]),
+        ("--evaluate RUN --activation relu", ["--activation"]),
         ("--runs-dir RUN/.. --run-name NAME", ["already holds a run", "--resume"]),
         ("--runs-dir RUN/args.json --run-name x", ["cannot write"]),  # below a file: even root cannot
         ("--runs-dir RUN/args.json/deeper --run-name x", ["cannot write"]),

@@ -99,7 +99,7 @@ class Args:
     num_workers: int | None = None
     """processes that share the environments; default one per CPU core this process may use. Changes no result"""
     worker_timeout: float = 60.0
-    """seconds without a step after which a worker counts as hung and is replaced"""
+    """seconds without a step after which a worker counts as hung, and all of them are replaced"""
     fast_walker: bool = True
     """step the two BipedalWalkers with less Python, the same to the bit (checked against the stock one at start)"""
 
@@ -254,6 +254,10 @@ TUNED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def tuned_values(env_id: str) -> dict[str, Any]:
+    return TUNED.get(env_id) or TUNED.get(f"{env_id}-v3", {})  # Gymnasium takes an id without a version, too
+
+
 class UserError(Exception):
     """Bad input: one line on stderr and exit code 2."""
 
@@ -392,7 +396,7 @@ class Agent(nn.Module):
         return self.critic(x).squeeze(-1)
 
     def log_prob_entropy(self, x: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised observations (..., obs_dim), actions (..., action_dim) -> log_prob_entropy of the policy there."""
+        """Normalised observations (..., obs_dim), actions (..., action_dim) -> log densities and entropies (...)."""
         return log_prob_entropy(*self.mean_logstd(x), actions)
 
     def update_normalizers(self, rollout: Rollout) -> None:
@@ -434,7 +438,7 @@ class Policy:
         self.mean, self.scale, self.std, *layers = arrays
         self.layers = list(zip(layers[0::2], layers[1::2]))
         self.activation = ACTIVATIONS[agent.activation][1]
-        self.action_dim = len(low)
+        self.action_dim, self.low, self.high = len(low), low, high
         self.middle = ((high.astype(np.float64) + low) / 2).astype(np.float32)
         self.half = ((high.astype(np.float64) - low) / 2).astype(np.float32)
 
@@ -461,7 +465,8 @@ class Policy:
 
     def env_action(self, action: np.ndarray) -> np.ndarray:
         """Clips to [-1, 1] and maps to the environment's bounds."""
-        return self.middle + self.half * np.clip(action, -1, 1)
+        action = self.middle + self.half * np.clip(action, -1, 1)
+        return np.clip(action, self.low, self.high)  # rounding may have left them
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Raw observation (obs_dim,) or batch (n, obs_dim) -> deterministic actions ready for step()."""
@@ -765,11 +770,11 @@ class RewardScaler:
         self.returns = returns[-1].copy()
         self.moments.update(torch.from_numpy(returns).view(-1, 1), torch.from_numpy(valid).view(-1))
 
-    def scale(self, rewards: np.ndarray, fall_reward: float | None = None) -> np.ndarray:
-        """Raw rewards -> scaled float32 ones, clipped to +-10; a fall's becomes `fall_reward`, if that is given."""
+    def scale(self, rewards: np.ndarray, fell: np.ndarray, fall_reward: float | None) -> np.ndarray:
+        """Raw rewards -> scaled float32 ones, clipped to +-10; where it `fell`, `fall_reward`, if that is given."""
         deviation = math.sqrt(float(self.moments.var) + 1e-8)
         scaled = np.clip(rewards / deviation, -REWARD_CLIP, REWARD_CLIP).astype(np.float32)
-        return scaled if fall_reward is None else np.where(rewards <= FALL, np.float32(fall_reward), scaled)
+        return scaled if fall_reward is None else np.where(fell, np.float32(fall_reward), scaled)
 
 
 def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Episode]:
@@ -794,7 +799,8 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     store(rollout.obs, data.obs)
     store(rollout.progress, progress)
     store(rollout.actions, data.actions)
-    store(rollout.rewards, state.reward_scaler.scale(data.rewards, args.fall_reward))
+    fell = data.terminated & (data.rewards <= FALL)
+    store(rollout.rewards, state.reward_scaler.scale(data.rewards, fell, args.fall_reward))
     store(rollout.terminated, data.terminated)
     store(rollout.truncated, data.truncated)
     store(rollout.valid, valid)
@@ -912,6 +918,8 @@ class Task:
             )
         if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
             raise UserError(f"--env-id {args.env_id} has unbounded actions; supported are finite bounds")
+        if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
+            raise UserError(f"--capture-video: {args.env_id} cannot be rendered to an rgb_array")
         spec = env.spec
         env.close()
         env_id = spec.id if spec.id in WALKERS else args.env_id  # "BipedalWalker" is the newest version of it
@@ -924,8 +932,8 @@ class Task:
             seed=args.seed,
             fast_walker=fast,
             obs_dim=int(np.prod(obs_space.shape)),
-            low=action_space.low.astype(np.float32).ravel(),
-            high=action_space.high.astype(np.float32).ravel(),
+            low=rounded(action_space.low, np.inf),
+            high=rounded(action_space.high, -np.inf),
             max_episode_steps=spec.max_episode_steps,
             goal=spec.reward_threshold,
         )
@@ -944,6 +952,13 @@ class Task:
 
     def policy(self, agent: Agent, arrays: list[np.ndarray] | None = None) -> Policy:
         return Policy(agent.policy_arrays() if arrays is None else arrays, agent, self.low, self.high)
+
+
+def rounded(bounds: np.ndarray, inwards: float) -> np.ndarray:
+    """An action space's bounds as float32 (action_dim,) that lie in it, whatever its own precision."""
+    rounded = bounds.astype(np.float32)
+    outside = rounded < bounds if inwards > 0 else rounded > bounds
+    return np.where(outside, np.nextafter(rounded, np.float32(inwards)), rounded).ravel()
 
 
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
@@ -1034,74 +1049,61 @@ class EnvState:
         self.started = saved["started"]
 
 
-@dataclass
 class RolloutData:
-    """A rollout's arrays in shared memory: the workers write their columns, the trainer reads all of them."""
+    """A rollout's arrays: the workers write their columns, the trainer reads all of them.
 
-    obs: np.ndarray  # (T + 1, N, obs_dim) float32
-    actions: np.ndarray  # (T, N, action_dim) float32
-    noise: np.ndarray  # (T, N, action_dim) float32, drawn by the trainer
-    rewards: np.ndarray  # (T, N) float32
-    terminated: np.ndarray  # (T, N) bool
-    truncated: np.ndarray  # (T, N) bool
-    restarted: np.ndarray  # (N,) bool: a new episode began before row 0
-    beats: np.ndarray  # (workers,) int64, counts each worker's steps
-    policy: list[np.ndarray]  # the acting policy's weights
-
-
-class SharedArrays:
-    """Builds the arrays of a RolloutData over unnamed shared memory, which no crash can leave behind."""
+    They lie in unnamed shared memory, which no crash can leave behind.
+    """
 
     def __init__(self, context: Any, args: Args, task: Task, num_workers: int, policy: list[np.ndarray]) -> None:
-        T, N, A = args.num_steps, args.num_envs, task.action_dim
-        layout = {
-            "obs": ((T + 1, N, task.obs_dim), np.float32),
-            "actions": ((T, N, A), np.float32),
-            "noise": ((T, N, A), np.float32),
-            "rewards": ((T, N), np.float32),
-            "terminated": ((T, N), np.bool_),
-            "truncated": ((T, N), np.bool_),
-            "restarted": ((N,), np.bool_),
-            "beats": ((num_workers,), np.int64),
-        }
-
-        def allocate(shape: tuple[int, ...], dtype: Any) -> tuple[Any, tuple[int, ...], Any]:
+        def allocate(*shape: int, dtype: Any = np.float32) -> tuple[Any, tuple[int, ...], Any]:
             return context.RawArray("b", max(1, math.prod(shape) * np.dtype(dtype).itemsize)), shape, dtype
 
-        self.raw = {name: allocate(*spec) for name, spec in layout.items()}
-        self.raw_policy = [allocate(a.shape, a.dtype) for a in policy]
+        T, N, A = args.num_steps, args.num_envs, task.action_dim
+        arrays = {
+            "obs": allocate(T + 1, N, task.obs_dim),
+            "actions": allocate(T, N, A),
+            "noise": allocate(T, N, A),  # drawn by the trainer
+            "rewards": allocate(T, N),
+            "terminated": allocate(T, N, dtype=np.bool_),
+            "truncated": allocate(T, N, dtype=np.bool_),
+            "restarted": allocate(N, dtype=np.bool_),  # a new episode began before row 0
+            "beats": allocate(num_workers, dtype=np.int64),  # counts each worker's steps
+        }
+        self.open(arrays, [allocate(*a.shape) for a in policy])
 
-    def __getstate__(self) -> bytes:
-        """For spawned workers: AsyncVectorEnv pickles with cloudpickle, which knows nothing of shared memory."""
-        return bytes(ForkingPickler.dumps(vars(self)))
-
-    def __setstate__(self, state: bytes) -> None:
-        vars(self).update(pickle.loads(state))
-
-    def open(self) -> RolloutData:
+    def open(self, *memory: Any) -> None:
         def view(raw: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             return np.frombuffer(raw, dtype, count=math.prod(shape)).reshape(shape)
 
-        arrays = {name: view(*spec) for name, spec in self.raw.items()}
-        return RolloutData(**arrays, policy=[view(*spec) for spec in self.raw_policy])
+        self.memory, (arrays, policy) = memory, memory
+        vars(self).update({name: view(*spec) for name, spec in arrays.items()})
+        self.policy = [view(*spec) for spec in policy]  # the acting policy's weights
+
+    def __getstate__(self) -> bytes:
+        """For spawned workers: AsyncVectorEnv pickles with cloudpickle, which knows nothing of shared memory."""
+        return bytes(ForkingPickler.dumps(self.memory))
+
+    def __setstate__(self, state: bytes) -> None:
+        self.open(*pickle.loads(state))
 
 
 class Block(gym.Env):
-    """The environments [start, stop) of one worker, stepped one after another, the policy beside them.
+    """The environments [start, stop) of one worker, and the policy beside them.
 
     To AsyncVectorEnv a block is one environment that is only ever `call`ed. Its methods return a traceback's text
     instead of raising: an exception that cannot be pickled would hang the error queue of AsyncVectorEnv.
     """
 
     def __init__(
-        self, index: int, start: int, stop: int, task: Task, agent: Agent, shared: SharedArrays, state: EnvState,
+        self, index: int, start: int, stop: int, task: Task, agent: Agent, data: RolloutData, state: EnvState,
         trainer: int,
     ) -> None:  # fmt: skip
         self.index, self.start, self.stop, self.task, self.agent = index, start, stop, task, agent
-        self.shared, self.state = shared, state
+        self.data, self.state = data, state
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float32)
         self.action_space = gym.spaces.Box(task.low, task.high)
-        self.envs: list[gym.Env] = []  # made by the first call: AsyncVectorEnv makes one block too many, for its spaces
+        self.envs: list[gym.Env] = []  # made by the first rollout: AsyncVectorEnv makes a block for its spaces, too
         if os.getpid() != trainer:
             # The trainer decides when workers end: a Ctrl-C or `kill` of the whole group reaches them as well.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1154,7 +1156,6 @@ class Block(gym.Env):
         """On the first call: brings every environment to where the last complete rollout left it."""
         if self.envs:
             return
-        self.data = self.shared.open()
         self.policy = self.task.policy(self.agent, self.data.policy)
         columns, state = slice(self.start, self.stop), self.state
         self.obs, self.done = state.obs[columns].copy(), state.done[columns].copy()
@@ -1179,14 +1180,16 @@ class Block(gym.Env):
     def evaluate(self, seeds: list[int], workers: int, as_published: bool) -> list[tuple[int, float, int]] | str:
         """This worker's share of evaluation episodes: (index into seeds, return, length) of each."""
         try:
-            data = self.shared.open()
-            policy = self.task.policy(self.agent, data.policy)
+            policy = self.task.policy(self.agent, self.data.policy)
             mine = [i for i in range(len(seeds)) if i // TILE % workers == self.index]  # whole tiles
 
             def beat() -> None:
-                data.beats[self.index] += 1
+                self.data.beats[self.index] += 1
 
-            episodes = run_episodes(self.task, policy, [seeds[i] for i in mine], as_published, beat=beat)
+            episodes = []
+            for start in range(0, len(mine), 32 * TILE):  # so many environments at a time
+                some = [seeds[i] for i in mine[start : start + 32 * TILE]]
+                episodes += run_episodes(self.task, policy, some, as_published, beat=beat)
             return [(i, *episode) for i, episode in zip(mine, episodes)]
         except Exception:
             return traceback.format_exc()
@@ -1291,8 +1294,7 @@ class VecEnv:
             self.agent = task.agent(args)
         policy = self.agent.policy_arrays()
         context = multiprocessing.get_context(self.context)
-        self.shared = SharedArrays(context, args, task, self.num_workers, policy)
-        self.data = self.shared.open()
+        self.data = RolloutData(context, args, task, self.num_workers, policy)
         self.workers: Workers | None = None
         self.restarts = 0
 
@@ -1311,7 +1313,7 @@ class VecEnv:
         bounds = np.linspace(0, self.args.num_envs, self.num_workers + 1).astype(int).tolist()
         blocks = [
             functools.partial(
-                Block, i, bounds[i], bounds[i + 1], self.task, self.agent, self.shared, self.state, os.getpid()
+                Block, i, bounds[i], bounds[i + 1], self.task, self.agent, self.data, self.state, os.getpid()
             )
             for i in range(self.num_workers)
         ]
@@ -1386,22 +1388,8 @@ class FreshWalker(stock.BipedalWalker):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self.world.contactListener = None  # breaks the cycle world, listener, environment: it holds C++ memory
-        self.world, self.terrain = self.new_world(), []
+        self.world, self.terrain = Box2D.b2World(), []
         return super().reset(seed=seed, options=options)
-
-    def new_world(self) -> Box2D.b2World:
-        return Box2D.b2World()
-
-
-class QuickWorld(Box2D.b2World):
-    """A b2World that makes a static body without pybox2d's generic handling of keywords."""
-
-    STATIC = Box2D.b2BodyDef()
-
-    def CreateStaticBody(self, fixtures: Box2D.b2FixtureDef) -> Box2D.b2Body:
-        body = self.CreateBody(self.STATIC)
-        body.CreateFixture(fixtures)
-        return body
 
 
 RAYS = 10
@@ -1424,9 +1412,6 @@ class FastWalker(FreshWalker):
     def __init__(self, hardcore: bool, max_episode_steps: int) -> None:
         super().__init__(hardcore=hardcore)
         self.max_episode_steps = max_episode_steps
-
-    def new_world(self) -> Box2D.b2World:
-        return QuickWorld()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self.elapsed = 0
@@ -1702,16 +1687,12 @@ def fits(saved: Any, pattern: Any) -> bool:
         same = isinstance(saved, Tensor) and (saved.shape, saved.dtype) == (pattern.shape, pattern.dtype)
         return same and saved.layout == pattern.layout and saved.is_contiguous()
     if isinstance(pattern, dict):  # a module's state is an OrderedDict
-        return (
-            isinstance(saved, dict)
-            and saved.keys() == pattern.keys()
-            and all(fits(saved[k], pattern[k]) for k in saved)
-        )
-    if type(saved) is not type(pattern):
-        return False
+        same = isinstance(saved, dict) and saved.keys() == pattern.keys()
+        return same and all(fits(saved[k], pattern[k]) for k in saved)
+    same = type(saved) is type(pattern)
     if isinstance(pattern, (list, tuple)):
-        return len(saved) == len(pattern) and all(map(fits, saved, pattern))
-    return True
+        return same and len(saved) == len(pattern) and all(map(fits, saved, pattern))
+    return same
 
 
 def list_of(pattern: Any) -> Callable[[Any], bool]:
@@ -1806,7 +1787,7 @@ def read_checkpoint(where: str, policy: bool = False) -> tuple[Path, dict[str, A
 
 
 def saved_args(tree: dict[str, Any]) -> Args:
-    """The arguments in a checkpoint. Raises UserError for ones that are not ours, or that would import code."""
+    """The arguments in a checkpoint. Raises UserError for ones that are not ours."""
     try:
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["args"].items()}
         args = Args(**saved)
@@ -1821,8 +1802,6 @@ def saved_args(tree: dict[str, Any]) -> Args:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the checkpoint's arguments are not ppo_vec's: {reason}") from error
-    if ":" in args.env_id:
-        raise UserError(f"the checkpoint's env id {args.env_id!r} would import code; refused")
     args = dataclasses.replace(args, resume=None, evaluate=None)
     args.validate()
     return args
@@ -1941,7 +1920,7 @@ def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     state.candidates.append({"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": row})
     rank_candidates(state, run)
     run.log_evaluation(state, row)
-    run.write_summary(state, envs, summarize_periodic(state))
+    run.write_summary(state, envs, state.candidates[0]["evaluation"], row)
 
 
 def standing(candidate: dict[str, Any]) -> float:
@@ -1957,15 +1936,6 @@ def rank_candidates(state: State, run: Run) -> None:
     run.save_best(state)
 
 
-def summarize_periodic(state: State) -> dict[str, Any]:
-    """The evaluation fields of summary.json while a run is under way."""
-    best, last = state.candidates[0]["evaluation"], state.evaluations[-1]
-    return {
-        **{f"eval_{k}": best[k] for k in ("episodes", "mean", "std", "min", "frac_solved")},
-        **{f"last_eval_{k}": last[k] for k in ("mean", "std", "min")},
-    }
-
-
 def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     """The end of a run: the choice of what it delivers, and the test of that and of the last weights.
 
@@ -1976,8 +1946,7 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     goal = state.task.goal
     last = {"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": {"global_step": state.global_step}}
     others = [c for c in state.candidates if c["evaluation"]["global_step"] != state.global_step]
-    with torch.random.fork_rng(devices=[]):
-        agent = state.task.agent(args)
+    agent = copy.deepcopy(state.agent)
 
     def evaluate(candidate: dict[str, Any], first: int, count: int, as_published: bool) -> dict[str, float]:
         agent.load_state_dict(candidate["agent"])
@@ -2011,8 +1980,7 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     say(f"test on unseen episodes of the published environment: last weights {describe(last_test)}")
     say(f"delivered policy, of step {best['evaluation']['global_step']}: {describe(best_test)}")
     state.finished = True
-    fields = {f"eval_{k}": v for k, v in best_test.items()}
-    run.write_summary(state, envs, fields | {f"last_eval_{k}": last_test[k] for k in ("mean", "std", "min")})
+    run.write_summary(state, envs, best_test, last_test)
     run.save(state)
     if args.capture_video:
         agent.load_state_dict(best["agent"])
@@ -2083,11 +2051,9 @@ class AppendLog:
 
     def __init__(self, path: Path, header: bytes, size: int | None) -> None:
         self.path, self.pending, self.failing = path, bytearray(), False
-        if size is None:
-            self.size = 0
+        self.size = min(size or 0, path.stat().st_size) if path.exists() else 0
+        if self.size == 0:  # new, or lost
             self.pending += header
-        else:
-            self.size = min(size, path.stat().st_size) if path.exists() else 0
 
     def flush(self, sync: bool = False) -> bool:
         """Writes what is pending, to the disk itself with `sync`; returns whether the file now holds everything."""
@@ -2119,7 +2085,7 @@ class Run:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.args, self.task, self.pid = args, task, os.getpid()
+        self.args, self.task, self.state, self.pid = args, task, state, os.getpid()
         self.path = Path(args.runs_dir) / args.run_name
         self.stopped: int | None = None  # the signal that asked the run to end
         self.started = time.perf_counter()
@@ -2153,9 +2119,10 @@ class Run:
     def __enter__(self) -> Run:
         self.write("args.json", json.dumps(describe_run(self.args), indent=2).encode())
         args = self.args
-        tuned = (f"--{k.replace('_', '-')} {v}" for k, v in TUNED.get(args.env_id, {}).items() if getattr(args, k) == v)
+        tuned = {k: v for k, v in tuned_values(args.env_id).items() if getattr(args, k) == v}
+        tuned = (f"--{k.replace('_', '-')} {str(v).strip('()').replace(',', '')}" for k, v in tuned.items())
         say(f"{args.env_id}, seed {args.seed}, in {self.path}; tuned values: {' '.join(tuned) or 'none'}")
-        self.bar = progress_bar(self.args, self.steps_before)
+        self.bar = progress_bar(args.total_timesteps, self.steps_before, "step")
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
             self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -2175,7 +2142,7 @@ class Run:
         self.write_curve()
         if self.wandb is not None:
             self.wandb.finish()
-        if self.stopped:
+        if self.stopped and not self.state.finished:
             say(f"stopped by {signal.Signals(self.stopped).name}; continue with: --resume {self.path}")
         return kind is Interrupted
 
@@ -2192,7 +2159,7 @@ class Run:
             signal.setitimer(signal.ITIMER_REAL, 3.0)
 
     def on_alarm(self, *_: Any) -> None:
-        raise Interrupted  # what has happened since the last checkpoint, a few seconds ago, is done again on --resume
+        raise Interrupted  # what has happened since the last checkpoint is done again on --resume
 
     # -- what is written ------------------------------------------------------------------------------------------
 
@@ -2249,7 +2216,8 @@ class Run:
         tree = {**policy_dict(state.agent, self.args, self.task), **state.candidates[0]}
         self.write("best.pt", encode(tree))
 
-    def write_summary(self, state: State, envs: VecEnv, evaluation: dict[str, Any]) -> None:
+    def write_summary(self, state: State, envs: VecEnv, best: dict[str, Any], last: dict[str, Any]) -> None:
+        """`best`: the evaluation of best.pt, `last`: of the last weights."""
         summary = {
             "env_id": self.args.env_id,
             "seed": self.args.seed,
@@ -2257,7 +2225,8 @@ class Run:
             "wall_time_s": round(self.wall_time(), 3),
             "train_time_s": round(state.train_time_s, 3),
             "sps": round(state.global_step / max(state.train_time_s, 1e-9), 1),
-            **evaluation,
+            **{f"eval_{k}": best[k] for k in ("episodes", "mean", "std", "min", "frac_solved")},
+            **{f"last_eval_{k}": last[k] for k in ("mean", "std", "min")},
             "solved_at_step": state.solved_at_step,
             "solved_at_s": state.solved_at_s,
             "worker_restarts": envs.restarts,
@@ -2270,8 +2239,8 @@ class Run:
             plot_learning_curve(self.path, self.task.goal)
         except ImportError:
             warn("no learning_curve.png without matplotlib")
-        except OSError as error:
-            warn(f"cannot write learning_curve.png ({error.strerror})")
+        except (OSError, ValueError) as error:  # a full disk refuses the picture, or has cut off its data
+            warn(f"cannot write learning_curve.png ({error})")
 
     # -- what is logged -------------------------------------------------------------------------------------------
 
@@ -2340,13 +2309,13 @@ class Interrupted(BaseException):
     """A signal came and the iteration did not finish in time."""
 
 
-def progress_bar(args: Args, initial: int) -> Any:
+def progress_bar(total: int, initial: int, unit: str) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
         return None
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no redrawing
-    return tqdm(total=args.total_timesteps, initial=initial, unit="step", mininterval=interval, dynamic_ncols=True)
+    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True)
 
 
 def describe_run(args: Args) -> dict[str, Any]:
@@ -2421,10 +2390,11 @@ def plot_learning_curve(path: Path, goal: float | None) -> None:
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-CHANGEABLE = {  # on --resume and --evaluate; whatever else changed would make it another run
+CHANGEABLE = {  # on --resume; whatever else changed would make it another run
     "total_timesteps", "num_workers", "worker_timeout", "fast_walker", "track", "capture_video", "eval_episodes",
-    "cuda", "resume", "evaluate", "stochastic", "runs_dir", "run_name",
+    "cuda", "resume",
 }  # fmt: skip
+CHOSEN = {"evaluate", "eval_episodes", "stochastic", "capture_video", "cuda"}  # on --evaluate; no other has an effect
 
 
 def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
@@ -2442,8 +2412,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
     where = known.evaluate if known.resume is None else known.resume
     if where is None:
         env_id = known.env_id or Args.env_id
-        tuned = TUNED.get(env_id) or TUNED.get(f"{env_id}-v3", {})  # Gymnasium takes an id without a version, too
-        defaults = Args(**{"env_id": env_id, **tuned})
+        defaults = Args(**{"env_id": env_id, **tuned_values(env_id)})
         args = tyro.cli(Args, args=list(argv), default=defaults)
         args.validate()
         return args, None
@@ -2454,11 +2423,15 @@ def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
     saved = saved_args(tree)
     if known.env_id not in (None, saved.env_id):
         raise UserError(f"{where} was trained on {saved.env_id}, not on {known.env_id}")
+    if ":" in saved.env_id and known.env_id is None:
+        raise UserError(f"{where} would import code; if you trust it, add --env-id {saved.env_id!r}")
+    if known.evaluate:  # what the run asked for beside its training
+        saved = dataclasses.replace(saved, track=False, capture_video=False)
     args = tyro.cli(Args, args=list(argv), default=saved)
     args.validate()
+    mode, changeable = ("resumed", CHANGEABLE) if known.resume else ("evaluated", CHOSEN)
     for f in dataclasses.fields(Args):
-        if f.name not in CHANGEABLE and getattr(args, f.name) != getattr(saved, f.name):
-            mode = "resumed" if known.resume else "evaluated"
+        if f.name not in changeable and getattr(args, f.name) != getattr(saved, f.name):
             raise UserError(f"--{f.name.replace('_', '-')} cannot change when a run is {mode}")
     if known.resume:
         if "optimizers" not in tree:
@@ -2485,7 +2458,7 @@ def evaluate_run(args: Args, task: Task, policy: Policy) -> None:
     """--evaluate: test episodes of a saved policy on the published environment; prints the result."""
     seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
     episodes: list[tuple[float, int]] = []
-    bar = progress_bar(dataclasses.replace(args, total_timesteps=len(seeds)), 0)
+    bar = progress_bar(len(seeds), 0, "episode")
     for start in range(0, len(seeds), 5 * TILE):
         batch = seeds[start : start + 5 * TILE]
         episodes += run_episodes(task, policy, batch, as_published=True, stochastic=args.stochastic)
@@ -2554,7 +2527,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 say(f"{Path(args.runs_dir) / args.run_name} is finished; a longer --total-timesteps would extend it")
                 return 0
         run = train(args, task, checkpoint)
-        return 128 + run.stopped if run.stopped else 0
+        return 128 + run.stopped if run.stopped and not run.state.finished else 0
     except (UserError, TrainingError) as error:
         print(f"ppo_vec.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -655,7 +655,7 @@ class Fuzz:
         if kind == "signed, a tensor of another shape" and mode in ("resume", "previous"):
             assert code == 2, where
         if kind == "module:id":
-            assert (code, "would import code" in lines[0]) == (2, True), where
+            assert mode == "load" or (code, "would import code" in lines[0]) == (2, True), where
 
     DAMAGED = ("truncated", "flipped bits", "overwritten block")
 

@@ -135,7 +135,7 @@ class Bench:
         state = self.state(args)
         envs = pv.VecEnv(args, self.task, state.envs)  # not started: only its shared arrays are used
         envs.load_policy(state.agent.policy_arrays())
-        block = pv.Block(0, start, stop, self.task, envs.agent, envs.shared, state.envs, trainer)
+        block = pv.Block(0, start, stop, self.task, envs.agent, envs.data, state.envs, trainer)
         block.restore()
         return block
 

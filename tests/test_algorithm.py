@@ -53,6 +53,7 @@ from ppo_vec import (
     gae,
     make_optimizers,
     policy_loss,
+    rounded,
     run_episodes,
     scheduled,
     side_by_side,
@@ -124,7 +125,9 @@ def fake_rollout(args: Args, agent: Agent, seed: int = 0) -> Rollout:
 
 
 def rollout_data(**arrays: np.ndarray) -> RolloutData:
-    return RolloutData(**{f.name: arrays.get(f.name) for f in dataclasses.fields(RolloutData)})
+    data = object.__new__(RolloutData)  # without the shared memory
+    vars(data).update(arrays)
+    return data
 
 
 def run_update(args: Args, agent: Agent, rollout: Rollout, **kwargs: Any) -> tuple[dict[str, float], Any]:
@@ -662,6 +665,20 @@ def test_env_actions() -> None:
     assert lopsided.env_action(actions).tolist() == [[0, 0, 1.5, 5], [0.75, 2, 4, 10]]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_env_actions_stay_in_the_action_space(dtype: type) -> None:
+    """Half a range and its middle, rounded to float32, may add up to more than the bound; so may the bound itself."""
+    rng = np.random.default_rng(0)
+    agent = make_agent(make_args(), 5, 4)
+    for _ in range(300):
+        space = gym.spaces.Box(*np.sort(rng.normal(size=(2, 4)), axis=0).astype(dtype), dtype=dtype)
+        policy = Policy(agent.policy_arrays(), agent, rounded(space.low, np.inf), rounded(space.high, -np.inf))
+        for action in (-1.0, 0.3, 1.0):
+            actions = policy.env_action(np.full((1, 4), action, np.float32))[0]
+            assert actions.dtype == np.float32
+            assert space.contains(actions.astype(dtype)), (space, actions)
+
+
 def test_a_policy_maps_one_observation_or_a_batch_to_its_mean_action() -> None:
     agent = make_agent(make_args(), 24, 4)
     policy = Task.of(make_args()).policy(agent)
@@ -730,10 +747,10 @@ def test_reward_scaler_equals_mean_and_variance_of_all_discounted_returns(
 def test_scaled_rewards_by_hand() -> None:
     scaler = RewardScaler(1)
     scaler.update(np.array([[4.0], [-2.0]]), np.ones((2, 1), bool), 0.5)  # discounted returns 4 and 0: deviation 2
-    rewards = np.array([4.0, -100, -99, -1, 1000])
-    assert scaler.scale(rewards).tolist() == [2, -10, -10, -0.5, 10]
-    assert scaler.scale(rewards, -1).tolist() == [2, -1, -10, -0.5, 10]
-    assert scaler.scale(rewards, -20).tolist() == [2, -20, -10, -0.5, 10]
+    rewards, fell = np.array([4.0, -100, -100, -1, 1000]), np.array([0, 1, 0, 0, 0], bool)
+    assert scaler.scale(rewards, fell, None).tolist() == [2, -10, -10, -0.5, 10]
+    assert scaler.scale(rewards, fell, -1).tolist() == [2, -1, -10, -0.5, 10]
+    assert scaler.scale(rewards, fell, -20).tolist() == [2, -20, -10, -0.5, 10]
 
 
 @processes

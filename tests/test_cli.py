@@ -204,7 +204,7 @@ def broken_checkpoints(tree: dict[str, Any]) -> dict[str, tuple[bytes | None, li
         "other format": (ppo_vec.encode({**tree, "format": "ppo_vec 0"}), ["checkpoint.pt", "format"]),
         "module:id": (
             ppo_vec.encode(faults.replaced(tree, ("args", "env_id"), f"evil_module:{tiny_id()}")),
-            ["evil_module", "refused"],
+            ["evil_module", "would import code"],
         ),
         "another environment": (ppo_vec.encode(faults.replaced(tree, ("args", "env_id"), "Pendulum-v1")), []),
         "unknown argument": (ppo_vec.encode(faults.replaced(tree, ("args", "x"), 1)), []),
@@ -237,7 +237,7 @@ def test_checkpoint_that_cannot_be_used(
         if mode == "load_policy":
             with contextlib.suppress(ppo_vec.UserError):
                 ppo_vec.load_policy(run)
-                assert what == "another environment", "loaded"  # shapes are all that a policy needs
+                assert what in ("another environment", "module:id"), "loaded"  # shapes are all that a policy needs
             return
         total = [] if mode == "--evaluate" else ["--total-timesteps", "8000"]  # it is finished otherwise
         assert_one_line(main([mode, str(run), *total]), capsys.readouterr(), *words)
@@ -266,6 +266,8 @@ def test_checkpoint_that_cannot_be_used(
         ("--evaluate RUN --eval-episodes 0", ["--eval-episodes"]),
         ("--evaluate RUN --seed 7", ["--seed", "evaluated"]),
         ("--evaluate RUN --activation relu", ["--activation"]),
+        ("--evaluate RUN --run-name x", ["--run-name"]),
+        ("--resume RUN --total-timesteps 9999 --run-name x", ["--run-name"]),
         ("--runs-dir RUN/.. --run-name NAME", ["already holds a run", "--resume"]),
         ("--runs-dir RUN/args.json --run-name x", ["cannot write"]),  # below a file: even root cannot
         ("--runs-dir RUN/args.json/deeper --run-name x", ["cannot write"]),
@@ -289,6 +291,10 @@ def test_missing_extra(
     """What an option needs is missed at once, not after the training."""
     monkeypatch.setitem(sys.modules, module, None)
     assert_one_line(main([*tiny(), flag]), capsys.readouterr(), flag)
+
+
+def test_a_video_of_what_cannot_be_rendered(no_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_one_line(main([*tiny(), "--capture-video"]), capsys.readouterr(), "--capture-video", "render")
 
 
 @pytest.mark.parametrize(
@@ -622,6 +628,50 @@ def test_load_policy_needs_no_extra(
     for module in ("wandb", "imageio_ffmpeg", "matplotlib"):
         monkeypatch.setitem(sys.modules, module, None)
     assert ppo_vec.load_policy(tmp_path)(np.zeros(3)).shape == (1,)
+
+
+def test_evaluating_asks_for_no_extra_of_the_training(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = ppo_vec.decode((tiny_run / "best.pt").read_bytes())
+    tree["args"] |= {"track": True, "capture_video": True}
+    (tmp_path / "best.pt").write_bytes(ppo_vec.encode(tree))
+    for module in ("wandb", "imageio_ffmpeg"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert ppo_vec.main(["--evaluate", str(tmp_path)]) == 0
+    assert "video" not in capsys.readouterr().out
+
+
+def test_an_environment_of_a_module_is_trusted_when_it_is_typed(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """module:id imports code, so a checkpoint alone cannot ask for it; the policy itself needs no environment."""
+    (tmp_path / "good_module.py").write_text("loaded = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tree = ppo_vec.decode((tiny_run / "best.pt").read_bytes())
+    tree["args"]["env_id"] = env_id = f"good_module:{tiny_id()}"
+    (tmp_path / "best.pt").write_bytes(ppo_vec.encode(tree))
+    assert ppo_vec.load_policy(tmp_path)(np.zeros(3)).shape == (1,)
+    assert_one_line(
+        main(["--evaluate", str(tmp_path)]), capsys.readouterr(), "would import code", f"--env-id '{env_id}'"
+    )
+    assert "good_module" not in sys.modules
+    assert ppo_vec.main(["--evaluate", str(tmp_path), "--env-id", env_id]) == 0
+    assert sys.modules.pop("good_module").loaded
+
+
+def test_resume_with_the_checkpoint_alone(tiny_run: Path, tmp_path: Path) -> None:
+    """Logs that were left behind begin anew, with their headers."""
+    run = tmp_path / "moved"
+    run.mkdir()
+    (run / "checkpoint.pt").write_bytes((tiny_run / "checkpoint.pt").read_bytes())
+    with faults.quiet(), faults.replaced_attribute(ppo_vec.Run, "write_curve", lambda run: None):
+        assert ppo_vec.main(["--resume", str(run), "--total-timesteps", "200"]) == 0
+    header, *rows = (run / "episodes.csv").read_text().splitlines()
+    assert header == "global_step,time_s,return,length,env"
+    assert len(rows) >= 2
+    (events,) = run.glob("events.out.tfevents.*")
+    assert b"brain.Event:2" in events.read_bytes()[:60]
 
 
 def test_load_policy_of_a_stranger(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -464,6 +465,16 @@ def test_full_disk_for_results(run: Path, monkeypatch: pytest.MonkeyPatch, name:
     assert train(run, *tiny()) == 0
     assert disk.refused
     assert_same(run, expected)
+
+
+def test_a_log_that_a_full_disk_has_cut_off(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The picture is missed, with a warning; it must not take the place of the error or exit code of the run."""
+    assert train(run) == 0
+    log = run / "episodes.csv"
+    log.write_bytes(log.read_bytes()[:-9])
+    stub = SimpleNamespace(path=run, task=SimpleNamespace(goal=None))
+    ppo_vec.Run.write_curve(stub)
+    assert "cannot write learning_curve.png" in capsys.readouterr().err
 
 
 def test_full_disk_to_the_end_is_an_error(

@@ -38,7 +38,7 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     # The two systems of the README's last section.
     "notebook": "--env-id LunarLanderContinuous-v3 --activation relu --state-dependent-std --learning-rate 3e-4 "
     "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "
-    "--update-epochs 10 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.001",
+    "--update-epochs 10 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.001 --initial-std 1",
     "tutorial": "--actor-hidden-sizes 64 64 64 --critic-hidden-sizes 128 128 --activation relu --clip-vloss "
     "--initial-std 1 --learning-rate 3.5e-4",
     "sb3-zoo": "",  # benchmarks/sb3_zoo.py: Stable-Baselines3 with the hyperparameters of rl-baselines3-zoo

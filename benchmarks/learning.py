@@ -11,6 +11,7 @@ on where it was: finished runs are not repeated, unfinished ones are resumed.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -26,6 +27,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import tyro
+from scipy.stats import trim_mean  # pip install -e ".[bench]"
 
 import ppo_vec
 
@@ -95,6 +97,22 @@ def train(options: Options, name: str, seed: int, cores: SimpleQueue) -> Path:
     return folder
 
 
+def refuse_another_run(options: Options, folder: Path, seed: int) -> None:
+    """A folder of that name may hold a run of other settings, which must not stand in the table for these."""
+    if options.setting == "sb3-zoo" or not (folder / "checkpoint.pt").exists():
+        return
+    wanted, _ = ppo_vec.parse_args(
+        [*shlex.split(SETTINGS[options.setting]), *shlex.split(options.flags), "--seed", str(seed)]
+    )
+    try:
+        found = ppo_vec.saved_args(ppo_vec.read_checkpoint(str(folder))[1])
+        found = dataclasses.replace(found, runs_dir=wanted.runs_dir, run_name=wanted.run_name)
+    except ppo_vec.UserError:
+        found = None
+    if found != wanted:
+        sys.exit(f"learning.py: error: {folder} holds a run of other settings; move it away or choose another --name")
+
+
 def result(folder: Path) -> dict | None:
     """The figures of one run, or None if it has left none."""
     if not (folder / "summary.json").exists():
@@ -117,8 +135,6 @@ def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def interquartile_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    from scipy.stats import trim_mean
-
     return trim_mean(values, 0.25, axis=axis)
 
 
@@ -164,6 +180,8 @@ def main(options: Options) -> None:
     name = options.name or options.setting
     if options.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for seed in options.seeds:
+        refuse_another_run(options, ROOT / "runs" / "learning" / f"{name}-{seed}", seed)
     cores, usable = SimpleQueue(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     for job in range(options.jobs):  # each job's share of the cores
         cores.put(usable[job :: options.jobs] or usable)
@@ -187,12 +205,14 @@ def main(options: Options) -> None:
     finished = [row for row in rows if row is not None and row["finished"]]
     means = np.array([row["eval_mean"] for row in finished])
     solved = [row["solved_at_step"] or np.inf for row in finished]
-    if len(means):
-        lines.append(
-            f"\n{len(finished)} of {len(rows)} runs finished; delivered mean: lowest {means.min():.1f}, median "
-            f"{np.median(means):.1f}, interquartile mean {interquartile_mean(means):.1f} (95 % bootstrap interval "
-            f"{' to '.join(f'{bound:.1f}' for bound in bootstrap(means))}); median steps to a confirmed solve: "
-            f"{np.median(solved):.0f}"
+    lines.append(f"\n{len(finished)} of {len(rows)} runs finished")
+    if len(finished) == len(rows):  # figures of fewer would leave the failed out
+        lines[-1] += f"; delivered mean: lowest {means.min():.1f}, mean {means.mean():.1f}"
+    if len(finished) == len(rows) >= 5:
+        lines[-1] += (
+            f", median {np.median(means):.1f}, interquartile mean {interquartile_mean(means):.1f} (95 % bootstrap "
+            f"interval {' to '.join(f'{bound:.1f}' for bound in bootstrap(means))}); median steps to a confirmed "
+            f"solve: {np.median(solved):.0f}"
         )
     info = ppo_vec.describe_run(ppo_vec.Args())
     program = " ".join(["python ppo_vec.py", SETTINGS[options.setting], options.flags]).strip()

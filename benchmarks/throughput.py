@@ -68,6 +68,7 @@ class Row:
         if self.note:
             return
         torch.use_deterministic_algorithms(self.ours)  # ours is; a peer need not pay for it
+        torch.set_num_threads(1 if self.ours else pv.usable_cores())  # ours has a Python thread for each network
         try:
             value = float(next(self.turns))
         except ImportError as error:

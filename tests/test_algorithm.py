@@ -26,6 +26,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.box2d import bipedal_walker as stock
 from hypothesis import given
 from torch import Tensor
 from torch.distributions import Normal
@@ -779,9 +780,15 @@ def test_train_merges_each_rollout_into_the_normaliser_after_its_update(
 ) -> None:
     """The stored values and log probabilities are those of the agent that is updated, in however many chunks."""
     monkeypatch.setattr(ppo_vec, "CHUNK", 100)  # 243 rows with and 240 without the last observations: both end in part
-    rows, counts = [], []
+    rows, counts, collecting = [], [], []
+
+    def spy_on_collect(envs: VecEnv, state: Any, rollout: Rollout, now: Args) -> Any:
+        assert now == ppo_vec.scheduled(state.args, state.global_step)
+        collecting.append(now)
+        return collect(envs, state, rollout, now)
 
     def spy(agent: Agent, optimizers: Any, rollout: Rollout, *rest: Any) -> dict[str, float]:
+        assert rest[0] == collecting[-1]
         with torch.no_grad():
             x = agent.normalizer(rollout.obs)
             z = agent.critic_input(agent.normalizer(rollout.obs), rollout.progress)
@@ -796,9 +803,12 @@ def test_train_merges_each_rollout_into_the_normaliser_after_its_update(
         return result
 
     monkeypatch.setattr(ppo_vec, "update", spy)
+    monkeypatch.setattr(ppo_vec, "collect", spy_on_collect)
     _, tree = run_train(
-        tmp_path, env_id=PENDULUM, num_envs=3, num_workers=2, num_steps=80, total_timesteps=1000, critic_progress=True
-    )
+        tmp_path, env_id=PENDULUM, num_envs=3, num_workers=2, num_steps=80, total_timesteps=1000, critic_progress=True,
+        anneal_lr=True, gamma=0.98, final_gamma=0.995,
+    )  # fmt: skip
+    assert all(a.learning_rate > b.learning_rate and a.gamma < b.gamma for a, b in itertools.pairwise(collecting))
     seen = np.concatenate(rows)
     assert len(rows) >= 4
     assert all(count == steps for count, steps in counts)
@@ -1482,6 +1492,17 @@ def test_tests_run_in_the_published_environment() -> None:
         assert isinstance(own.unwrapped, ppo_vec.FreshWalker)
 
 
+@pytest.mark.parametrize("as_published", [True, False])
+def test_evaluation_takes_the_environments_it_is_told(as_published: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bits are the same, so only the class tells them apart."""
+    made, make_env = [], Task.make_env
+    monkeypatch.setattr(Task, "make_env", lambda *args: made.append(make_env(*args)) or made[-1])
+    args = make_args(env_id=WALKER)
+    task = Task.of(args)
+    run_episodes(task, task.policy(make_agent(args, 24, 4)), [3, 1], as_published)
+    assert [type(env.unwrapped) is stock.BipedalWalker for env in made] == [as_published] * 2
+
+
 @pytest.mark.parametrize("env_id", [PENDULUM, LANDER])
 def test_evaluation_equals_published_environments_stepped_by_hand(env_id: str) -> None:
     args = make_args(env_id=env_id)
@@ -1582,3 +1603,13 @@ def test_a_walker_learns_to_walk_within_a_hundred_thousand_steps() -> None:
                 episodes = t.envs.evaluate(t.state.agent.policy_arrays(), chosen, as_published=False)
                 means.append(float(np.mean([ret for ret, _ in episodes])))
     assert max(means) > 50, means
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@processes
+def test_training_on_cuda(tmp_path: Path, no_evaluation: None) -> None:
+    """The workers act on the CPU with the same weights; only the last bits of the update differ."""
+    settings = {"env_id": PENDULUM, "num_envs": 3, "num_workers": 2, "num_steps": 80, "total_timesteps": 720}
+    runs = [run_train(tmp_path, **settings, cuda=cuda) for cuda in (False, True)]
+    for name, weights in runs[0][1]["agent"].items():
+        torch.testing.assert_close(runs[1][1]["agent"][name].cpu(), weights, rtol=0.05, atol=0.02)

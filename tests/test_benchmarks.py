@@ -8,9 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ppo_vec
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import faults
+import learning
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "throughput.py"
 # As if no peer were installed, wherever this runs.
@@ -45,7 +50,7 @@ def test_a_tiny_run_measures_every_row_of_ours(tmp_path: Path) -> None:
             assert "median" not in row
             assert row["note"] == 'not installed: pip install -e ".[bench]"'
             lines = [line for line in done.stdout.splitlines() if row["name"] in line and row["note"] in line]
-            assert len(lines) == 1
+            assert len(lines) == sum(other["name"] == row["name"] for other in report["rows"])
         else:
             assert row["note"] == ""
             assert 0 < row["min"] <= row["median"] <= row["max"]
@@ -62,3 +67,27 @@ def test_a_policy_that_is_not_there_is_an_error_of_one_line(tmp_path: Path) -> N
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "throughput.py: error: there is no checkpoint at nowhere"
     assert not list(tmp_path.iterdir())
+
+
+def test_statistics_of_learning() -> None:
+    table = np.array([[1.0, 8], [2, 7], [3, 6], [100, -100]])
+    assert learning.interquartile_mean(table).tolist() == [2.5, 6.5]
+    low, high = learning.bootstrap(table)
+    assert (low <= learning.interquartile_mean(table)).all()
+    assert (learning.interquartile_mean(table) <= high).all()
+    assert np.array_equal(learning.bootstrap(np.full((6, 1), 5.0)), [[5], [5]])
+
+
+def test_a_run_of_other_settings_is_no_row(tmp_path: Path) -> None:
+    folder = tmp_path / "default-3"
+    with faults.quiet():
+        args = [*faults.tiny(), "--seed", "3", "--runs-dir", str(tmp_path), "--run-name", folder.name]
+        assert ppo_vec.main(args) == 0
+    same = " ".join(faults.tiny())
+    settings = {"default": same, "other": same.replace("--num-steps 20", "--num-steps 40")}
+    with faults.replaced_attribute(learning, "SETTINGS", settings):
+        learning.refuse_another_run(learning.Options("default"), folder, 3)
+        for options, seed in ((learning.Options("other"), 3), (learning.Options("default"), 4)):
+            with pytest.raises(SystemExit, match="other settings"):
+                learning.refuse_another_run(options, folder, seed)
+        learning.refuse_another_run(learning.Options("other"), tmp_path / "new", 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -124,7 +123,7 @@ BAD_ARGUMENTS = [
         for value in ("-0.1", "1.1", "nan")
     ),
     *(f"--{flag} {value}" for flag in ("clip-coef", "max-grad-norm", "target-kl") for value in ("0", "-1", "inf")),
-    *(f"--{flag} {value}" for flag in ("ent-coef", "vf-coef") for value in ("-1", "nan")),
+    *(f"--{flag} {value}" for flag in ("ent-coef", "vf-coef", "bounds-loss-coef") for value in ("-1", "nan")),
     *(f"--worker-timeout {value}" for value in ("0", "-1", "nan", "inf", "1e300")),
     "--fall-reward 1",
     "--fall-reward -1 --final-fall-reward 0",
@@ -235,9 +234,12 @@ def test_checkpoint_that_cannot_be_used(
     sys.path.insert(0, str(tmp_path))
     try:
         if mode == "load_policy":
-            with contextlib.suppress(ppo_vec.UserError):
+            if what in ("another environment", "module:id"):  # shapes are all that a policy needs
                 ppo_vec.load_policy(run)
-                assert what in ("another environment", "module:id"), "loaded"  # shapes are all that a policy needs
+                return
+            with pytest.raises(ppo_vec.UserError) as raised:
+                ppo_vec.load_policy(run)
+            assert all(word in str(raised.value) for word in words)
             return
         total = [] if mode == "--evaluate" else ["--total-timesteps", "8000"]  # it is finished otherwise
         assert_one_line(main([mode, str(run), *total]), capsys.readouterr(), *words)
@@ -335,7 +337,9 @@ TAGS = (
 
 def test_tags(trained: Path) -> None:
     scalars = faults.scalars(trained)
-    assert set(TAGS) <= set(scalars)
+    assert set(TAGS) == set(scalars)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert all(f"`{tag}`" in readme for tag in TAGS)
     assert all(math.isfinite(value) for points in scalars.values() for _, value in points)
     steps = [step for step, _ in scalars["charts/SPS"]]
     assert steps == [step for step, _ in scalars["losses/policy_loss"]]
@@ -572,6 +576,9 @@ def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(last["episodes"]) > len(first["episodes"])
     count = len(first["scalars"]["losses/policy_loss"])
     assert last["scalars"]["losses/policy_loss"][:count] == first["scalars"]["losses/policy_loss"]
+    # The schedule had come to its end, and goes back to where the longer one has it at that step.
+    (before, _), (_, rate) = last["scalars"]["charts/learning_rate"][count - 1 : count + 1]
+    assert rate == pytest.approx(ppo_vec.Args.learning_rate * (1 - before / 200))
     assert json.loads((run / "args.json").read_text())["args"]["total_timesteps"] == 200
 
 

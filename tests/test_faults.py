@@ -52,6 +52,9 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+WRITE_CURVE = ppo_vec.Run.write_curve
+
+
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """matplotlib takes longer than a tiny training."""
@@ -473,7 +476,7 @@ def test_a_log_that_a_full_disk_has_cut_off(run: Path, capsys: pytest.CaptureFix
     log = run / "episodes.csv"
     log.write_bytes(log.read_bytes()[:-9])
     stub = SimpleNamespace(path=run, task=SimpleNamespace(goal=None))
-    ppo_vec.Run.write_curve(stub)
+    WRITE_CURVE(stub)
     assert "cannot write learning_curve.png" in capsys.readouterr().err
 
 

@@ -10,7 +10,9 @@ Every row is set up once, then all take turns: A B C A B C ..., the first turn a
 whatever slows the machine down meets all rows alike. Ratios are taken turn by turn.
 
 In all rows a trained policy walks, with its own noise: walkers that fall at once are cheaper to step. Rows that only
-step exclude the policy's time. A row in which an environment only resets is not a step, but its time counts.
+step exclude the policy's time. A row in which an environment only resets is not a step, but its time counts (skrl's
+trainer counts it as one). Ours steps a rollout's actions in one message, as its training does; the others take one step
+at a time. Peers have torch's own number of threads, one for each core; ours one, and a Python thread for the critic.
 """
 
 from __future__ import annotations

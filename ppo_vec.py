@@ -956,9 +956,9 @@ class Task:
 
 def rounded(bounds: np.ndarray, inwards: float) -> np.ndarray:
     """An action space's bounds as float32 (action_dim,) that lie in it, whatever its own precision."""
-    rounded = bounds.astype(np.float32)
-    outside = rounded < bounds if inwards > 0 else rounded > bounds
-    return np.where(outside, np.nextafter(rounded, np.float32(inwards)), rounded).ravel()
+    nearest = bounds.astype(np.float32)
+    outside = nearest < bounds if inwards > 0 else nearest > bounds
+    return np.where(outside, np.nextafter(nearest, np.float32(inwards)), nearest).ravel()
 
 
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:

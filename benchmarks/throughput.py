@@ -91,7 +91,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.seconds = options.seconds
-        tuned = pv.Args(**{"env_id": ENV_ID, **pv.TUNED.get(ENV_ID, {})})
+        tuned = pv.Args(**{"env_id": ENV_ID, **pv.tuned_values(ENV_ID)})
         steps = options.num_steps or (64 if options.quick else tuned.num_steps)
         self.args = replace(tuned, num_steps=steps, learning_rate=STILL, critic_learning_rate=None)
         reference = ROOT / "runs" / "reference" / ENV_ID

@@ -775,6 +775,24 @@ def test_collect_and_update_leave_the_normaliser_alone_and_scale_rewards_once() 
 
 
 @processes
+def test_a_reward_of_a_fall_without_a_termination_is_an_ordinary_one() -> None:
+    with trainer(make_args(env_id=WALKER, num_envs=4, num_workers=1, num_steps=128, fall_reward=-0.5)) as t:
+        step = t.envs.rollout
+
+        def rollout(*args: Any) -> RolloutData:
+            data = step(*args)
+            assert not data.terminated[1].any()
+            data.rewards[1] = -100
+            return data
+
+        t.envs.rollout = rollout
+        t.collect()
+        assert (t.rollout.rewards[1] < -0.5).all()
+        assert t.rollout.terminated.any()
+        assert (t.rollout.rewards[t.rollout.terminated] == -0.5).all()
+
+
+@processes
 def test_train_merges_each_rollout_into_the_normaliser_after_its_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
 ) -> None:

@@ -625,26 +625,16 @@ def test_loaded_policy_respects_other_bounds(tiny_run: Path) -> None:
     assert np.abs(actions).max() <= 2
 
 
-def test_load_policy_needs_no_extra(
+def test_a_policy_needs_no_extra_of_its_training(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A policy trained with --track or --capture-video can be used where those packages are not installed."""
+    """One trained with --track or --capture-video can be used and evaluated where those packages are not installed."""
     tree = ppo_vec.decode((tiny_run / "best.pt").read_bytes())
     tree["args"] |= {"track": True, "capture_video": True}
     (tmp_path / "best.pt").write_bytes(ppo_vec.encode(tree))
     for module in ("wandb", "imageio_ffmpeg", "matplotlib"):
         monkeypatch.setitem(sys.modules, module, None)
     assert ppo_vec.load_policy(tmp_path)(np.zeros(3)).shape == (1,)
-
-
-def test_evaluating_asks_for_no_extra_of_the_training(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tree = ppo_vec.decode((tiny_run / "best.pt").read_bytes())
-    tree["args"] |= {"track": True, "capture_video": True}
-    (tmp_path / "best.pt").write_bytes(ppo_vec.encode(tree))
-    for module in ("wandb", "imageio_ffmpeg"):
-        monkeypatch.setitem(sys.modules, module, None)
     assert ppo_vec.main(["--evaluate", str(tmp_path)]) == 0
     assert "video" not in capsys.readouterr().out
 

@@ -145,6 +145,8 @@ class Args:
     """the normalised reward of a fall (-100) at the start of training; default: what normalising makes of it"""
     final_fall_reward: float | None = None
     """let it change in equal ratios to this by the end of training; default: constant"""
+    action_cost: float = 0.0
+    """what each unit of |action| costs in training beside the environment's price; grows from 0 until half of it"""
     compile: bool = False
     """torch.compile the loss (needs a C++ compiler; pays on long runs)"""
 
@@ -197,7 +199,7 @@ class Args:
                 check(value is None or value > 0, f"{flag} must be greater than 0, not {value}")
             if f.name in ("gamma", "final_gamma", "gae_lambda", "value_lambda"):
                 check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
-            if f.name in ("ent_coef", "bounds_loss_coef", "vf_coef", "seed"):
+            if f.name in ("ent_coef", "bounds_loss_coef", "vf_coef", "action_cost", "seed"):
                 check(value >= 0, f"{flag} must not be negative, not {value}")
             if f.name.endswith("hidden_sizes"):
                 check(all(size >= 1 for size in value), f"{flag} must all be at least 1, not {value}")
@@ -710,12 +712,15 @@ def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.o
 def scheduled(args: Args, global_step: int) -> Args:
     """The arguments of the iteration that starts at `global_step`.
 
-    Learning rates and entropy bonus fall linearly; discount and the price of a fall change in equal ratios.
+    Learning rates and entropy bonus fall linearly; discount and the price of a fall change in equal ratios; the action
+    cost grows linearly over the first half.
 
     The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
     nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at
     its full price from the start some seeds learn to stand still for good; at a low one to the end, to fall. It ends
     above what normalising makes of -100 (about -7), since any discount hides most of the course that a fall forfeits.
+    Strength costs more than its own price as soon as there is a gait to make cheaper: all that a finished course lacks
+    to the ceiling is the price of its torque, but next to what progress pays that is too little to be learned from.
     """
     progress = min(global_step / args.total_timesteps, 1)
 
@@ -731,6 +736,7 @@ def scheduled(args: Args, global_step: int) -> Args:
         ent_coef=left * args.ent_coef,
         gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
         fall_reward=fall if final_fall is None else -geometric(-fall, -final_fall),
+        action_cost=min(1, 2 * progress) * args.action_cost,
     )
 
 
@@ -791,7 +797,9 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     valid, progress, episodes = state.envs.advance(data, state.global_step)
     state.global_step += int(valid.sum())
     state.episode_count += len(episodes)
-    state.reward_scaler.update(data.rewards, valid, args.gamma)
+    effort = np.abs(data.actions).clip(max=1).sum(-1)
+    rewards = data.rewards - np.float32(args.action_cost) * effort
+    state.reward_scaler.update(rewards, valid, args.gamma)
 
     def store(tensor: Tensor, array: np.ndarray) -> None:
         tensor.copy_(torch.from_numpy(array))
@@ -800,7 +808,7 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     store(rollout.progress, progress)
     store(rollout.actions, data.actions)
     fell = data.terminated & (data.rewards <= FALL)
-    store(rollout.rewards, state.reward_scaler.scale(data.rewards, fell, args.fall_reward))
+    store(rollout.rewards, state.reward_scaler.scale(rewards, fell, args.fall_reward))
     store(rollout.terminated, data.terminated)
     store(rollout.truncated, data.truncated)
     store(rollout.valid, valid)

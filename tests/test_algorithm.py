@@ -756,17 +756,27 @@ def test_scaled_rewards_by_hand() -> None:
 
 @processes
 def test_collect_and_update_leave_the_normaliser_alone_and_scale_rewards_once() -> None:
-    args = make_args(env_id=WALKER, num_envs=4, num_workers=1, num_steps=128, gamma=0.9, fall_reward=-0.5)
+    args = make_args(
+        env_id=WALKER,
+        num_envs=4,
+        num_workers=1,
+        num_steps=128,
+        gamma=0.9,
+        fall_reward=-0.5,
+        action_cost=0.3,
+        total_timesteps=2000,
+    )
     scaler, falls = RewardScaler(4), 0
     with trainer(args) as t:
         for _ in range(4):
             before = snapshot(t.state.agent.normalizer.state_dict())
             t.collect()
             raw = t.envs.data.rewards.copy()
-            scaler.update(raw, t.rollout.valid.numpy(), 0.9)
-            expected = np.clip(raw / np.sqrt(scaler.moments.var.item() + 1e-8), -10, 10)
+            charged = raw - t.now.action_cost * t.rollout.actions.clamp(-1, 1).abs().sum(-1).numpy()
+            scaler.update(charged, t.rollout.valid.numpy(), 0.9)
+            expected = np.clip(charged / np.sqrt(scaler.moments.var.item() + 1e-8), -10, 10)
             expected[raw == -100] = -0.5
-            np.testing.assert_allclose(t.rollout.rewards.numpy(), expected, rtol=1e-6)
+            np.testing.assert_allclose(t.rollout.rewards.numpy(), expected, rtol=1e-5, atol=1e-7)
             falls += int((raw == -100).sum())
             t.update()
             assert_same(before, t.state.agent.normalizer.state_dict())
@@ -1017,6 +1027,8 @@ def test_what_else_changes_over_a_run_by_hand() -> None:
     assert scheduled(args, 5000) == end
     start = scheduled(args, 0)
     assert (start.gamma, start.fall_reward) == pytest.approx((0.96, -0.1))
+    costs = [scheduled(dataclasses.replace(args, action_cost=0.4), step).action_cost for step in (0, 250, 500, 1000)]
+    assert costs == pytest.approx([0, 0.2, 0.4, 0.4])
     constant = make_args(total_timesteps=1000, gamma=0.96)
     assert (scheduled(constant, 500).gamma, scheduled(constant, 500).fall_reward) == (0.96, None)
     constant = make_args(total_timesteps=1000, fall_reward=-0.1)

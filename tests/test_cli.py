@@ -126,6 +126,7 @@ BAD_ARGUMENTS = [
     *(f"--{flag} {value}" for flag in ("ent-coef", "vf-coef", "bounds-loss-coef") for value in ("-1", "nan")),
     *(f"--worker-timeout {value}" for value in ("0", "-1", "nan", "inf", "1e300")),
     "--fall-reward 1",
+    "--action-cost -0.1",
     "--fall-reward -1 --final-fall-reward 0",
     "--env-id Pendulum-v1 --final-fall-reward -1",
     "--initial-std 0",

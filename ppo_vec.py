@@ -146,7 +146,7 @@ class Args:
     final_fall_reward: float | None = None
     """let it change in equal ratios to this by the end of training; default: constant"""
     action_cost: float = 0.0
-    """what each unit of |action| costs in training beside the environment's price; grows from 0 until half of it"""
+    """reward that training takes for each unit of |action|, beside the environment; rises from 0 over its first half"""
     compile: bool = False
     """torch.compile the loss (needs a C++ compiler; pays on long runs)"""
 
@@ -719,8 +719,8 @@ def scheduled(args: Args, global_step: int) -> Args:
     nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at
     its full price from the start some seeds learn to stand still for good; at a low one to the end, to fall. It ends
     above what normalising makes of -100 (about -7), since any discount hides most of the course that a fall forfeits.
-    Strength costs more than its own price as soon as there is a gait to make cheaper: all that a finished course lacks
-    to the ceiling is the price of its torque, but next to what progress pays that is too little to be learned from.
+    With --action-cost strength costs more than its own price, once there is a gait to make cheaper: all that a finished
+    course lacks to the ceiling is the price of its torque, but at that price alone a gait hardly changes any more.
     """
     progress = min(global_step / args.total_timesteps, 1)
 

@@ -123,10 +123,13 @@ BAD_ARGUMENTS = [
         for value in ("-0.1", "1.1", "nan")
     ),
     *(f"--{flag} {value}" for flag in ("clip-coef", "max-grad-norm", "target-kl") for value in ("0", "-1", "inf")),
-    *(f"--{flag} {value}" for flag in ("ent-coef", "vf-coef", "bounds-loss-coef") for value in ("-1", "nan")),
+    *(
+        f"--{flag} {value}"
+        for flag in ("ent-coef", "vf-coef", "bounds-loss-coef", "action-cost")
+        for value in ("-1", "nan")
+    ),
     *(f"--worker-timeout {value}" for value in ("0", "-1", "nan", "inf", "1e300")),
     "--fall-reward 1",
-    "--action-cost -0.1",
     "--fall-reward -1 --final-fall-reward 0",
     "--env-id Pendulum-v1 --final-fall-reward -1",
     "--initial-std 0",

@@ -146,7 +146,7 @@ class Args:
     final_fall_reward: float | None = None
     """let it change in equal ratios to this over three quarters of training; default: constant"""
     action_cost: float = 0.0
-    """reward that training takes for each unit of |action|, beside the environment; rises from 0 over three quarters"""
+    """reward that training takes for each unit of |action|, beside the environment; rises from 0 over its first half"""
     compile: bool = False
     """torch.compile the loss (needs a C++ compiler; pays on long runs)"""
 
@@ -738,8 +738,8 @@ def scheduled(args: Args, global_step: int) -> Args:
     """The arguments of the iteration that starts at `global_step`.
 
     Learning rates and entropy bonus fall linearly to the end. What is to be learned changes over the first SETTLED of
-    training: discount and price of a fall in equal ratios, the action cost linearly. A task that still changes when
-    the critic's learning rate is almost zero is one that it cannot follow: gaits slowed down there, and fell again.
+    training, discount and price of a fall in equal ratios, and the action cost linearly over the first half: a critic
+    whose learning rate is almost zero could not follow any longer (gaits slowed down there, and fell again).
 
     The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
     nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at
@@ -763,7 +763,7 @@ def scheduled(args: Args, global_step: int) -> Args:
         ent_coef=left * args.ent_coef,
         gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
         fall_reward=fall if final_fall is None else -geometric(-fall, -final_fall),
-        action_cost=change * args.action_cost,
+        action_cost=min(1, 2 * progress) * args.action_cost,
     )
 
 

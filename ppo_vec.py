@@ -152,8 +152,6 @@ class Args:
 
     initial_std: float = 1.0
     """the standard deviation of the first actions, in units of the action bounds"""
-    noise_beta: float = 0.0
-    """the color of the actions' noise: its power falls with frequency as 1 / f^beta; 0 is white"""
     actor_hidden_sizes: tuple[int, ...] = (64, 64)
     """the widths of the actor's hidden layers"""
     critic_hidden_sizes: tuple[int, ...] = (64, 64)
@@ -203,8 +201,6 @@ class Args:
                 check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
             if f.name in ("ent_coef", "bounds_loss_coef", "vf_coef", "action_cost", "seed"):
                 check(value >= 0, f"{flag} must not be negative, not {value}")
-            if f.name == "noise_beta":
-                check(0 <= value <= 2, f"{flag} must lie in [0, 2], not {value}")
             if f.name.endswith("hidden_sizes"):
                 check(all(size >= 1 for size in value), f"{flag} must all be at least 1, not {value}")
         check(
@@ -698,24 +694,6 @@ def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
         return first(), other.result()
 
 
-AVERAGED = 1 / 10  # the part of the iterations so far over which weights are averaged, about
-
-
-@torch.no_grad()
-def average_weights(average: Agent, agent: Agent, iteration: int) -> None:
-    """Moves `average`, which is evaluated and delivered, towards the `agent` as iteration 0, 1, ... has left it.
-
-    The weights of one iteration may walk and those of the next fall at the first step, although in training, where the
-    noise of the actions covers for it, hardly anything changes. A mean over the last of them does neither
-    (polynomial-decay averaging, Shamir & Zhang 2013, arXiv:1212.1824). Normalisers are means as they are.
-    """
-    weight = 1 / (1 + AVERAGED * iteration)
-    for mean, new in zip(average.parameters(), agent.parameters()):
-        mean.lerp_(new, weight)
-    for mean, new in zip(average.buffers(), agent.buffers()):
-        mean.copy_(new)
-
-
 def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.optim.Adam]:
     """One Adam for the actor and one for the critic. Call it after the agent has moved to its device.
 
@@ -731,14 +709,14 @@ def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.o
     return adam(agent.actor), adam(agent.critic)
 
 
-SETTLED = 0.75  # the part of training after which the task no longer changes
+SETTLED = 0.75  # the part of training after which discount and price of a fall no longer change
 
 
 def scheduled(args: Args, global_step: int) -> Args:
     """The arguments of the iteration that starts at `global_step`.
 
-    Learning rates and entropy bonus fall linearly to the end. What is to be learned changes over the first SETTLED of
-    training, discount and price of a fall in equal ratios, and the action cost linearly over the first half: a critic
+    Learning rates and entropy bonus fall linearly to the end. What is to be learned changes earlier, discount and price
+    of a fall in equal ratios over the first SETTLED of training, the action cost linearly over its first half: a critic
     whose learning rate is almost zero could not follow any longer (gaits slowed down there, and fell again).
 
     The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
@@ -775,21 +753,6 @@ def scheduled(args: Args, global_step: int) -> Args:
 REWARD_CLIP = 10.0
 FALL = -100.0  # the reward of a fall or crash in the Box2D environments
 CHUNK = 1024  # rows of a forward pass: more of them at once would leave the processor's cache
-
-
-def action_noise(rng: np.random.Generator, shape: tuple[int, int, int], beta: float) -> np.ndarray:
-    """(T, N, action_dim) float32, each standard normal; over the T steps of a rollout of the color `beta`.
-
-    White noise makes a leg tremble; colored noise tries out another stride, and what has learned to walk with it walks
-    safely without. PPO takes it for white. Hollenstein et al. 2024 (arXiv:2312.11091) find 0.5 best.
-    """
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    if beta == 0:
-        return noise
-    steps = shape[0]
-    gain = np.maximum(np.fft.rfftfreq(steps), 1 / steps) ** (-beta / 2)
-    gain /= np.linalg.norm(np.fft.irfft(gain, steps))  # of the filter's response to one step: the variance stays 1
-    return np.fft.irfft(np.fft.rfft(noise, axis=0) * gain[:, None, None], steps, axis=0).astype(np.float32)
 
 
 def running_sums(start: np.ndarray, gains: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -833,7 +796,7 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     observations and unclipped actions. Returns the episodes that ended. A rollout that fails raises, and leaves the
     environments' state as it was.
     """
-    noise = action_noise(state.noise_rng, (args.num_steps, args.num_envs, envs.action_dim), args.noise_beta)
+    noise = state.noise_rng.standard_normal((args.num_steps, args.num_envs, envs.action_dim), dtype=np.float32)
     data = envs.rollout(state.agent.policy_arrays(), noise)
     state.reward_scaler.returns[data.restarted] = 0.0  # could not be replayed: a new episode
     valid, progress, episodes = state.envs.advance(data, state.global_step)
@@ -895,7 +858,6 @@ def train(args: Args, task: Task, checkpoint: dict[str, Any] | None = None) -> R
             collected = time.perf_counter()
             metrics = update(state.agent, state.optimizers, rollout, now, state.shuffle_rng, losses)
             state.agent.update_normalizers(rollout)
-            average_weights(state.average, state.agent, state.iteration)
             updated = time.perf_counter()
 
             state.iteration += 1
@@ -1639,7 +1601,6 @@ class State:
         torch.manual_seed(int(init.generate_state(1)[0]))
         self.args, self.task = args, task
         self.agent = task.agent(args).to(device)
-        self.average = copy.deepcopy(self.agent)  # of its weights: what is evaluated and delivered
         self.optimizers = make_optimizers(self.agent, args)
         self.reward_scaler = RewardScaler(args.num_envs)
         self.noise_rng = np.random.Generator(np.random.PCG64(noise))
@@ -1668,8 +1629,7 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         scaler = self.reward_scaler
         return {
-            **policy_dict(self.average, self.args, self.task),
-            "trained": self.agent.state_dict(),
+            **policy_dict(self.agent, self.args, self.task),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "reward_scaler": {**scaler.moments.state_dict(), "returns": torch.from_numpy(scaler.returns)},
             "noise_rng": self.noise_rng.bit_generator.state,
@@ -1712,8 +1672,7 @@ class State:
             for key in saved.keys() | pattern.keys():
                 if not fits(saved[key], pattern[key]):
                     raise ValueError(f"{key} is not what was expected")
-            self.average.load_state_dict(saved["agent"])
-            self.agent.load_state_dict(saved["trained"])
+            self.agent.load_state_dict(saved["agent"])
             for optimizer, own in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(own)
             moments = dict(saved["reward_scaler"])
@@ -1950,7 +1909,7 @@ def evaluation_due(state: State, args: Args) -> bool:
 
 def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     """A periodic evaluation, on fresh selection seeds; keeps the best policy, notes when the task is solved."""
-    policy, goal = state.average.policy_arrays(), state.task.goal
+    policy, goal = state.agent.policy_arrays(), state.task.goal
 
     def more(count: int) -> list[tuple[float, int]]:
         first = SELECTION_SEEDS + state.selection_episodes
@@ -1971,7 +1930,7 @@ def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
         episodes += confirmation
     row = {"global_step": state.global_step, "time_s": run.wall_time(), **summarize(episodes, goal)}
     state.evaluations.append(row)
-    state.candidates.append({"agent": copy.deepcopy(state.average.state_dict()), "evaluation": row})
+    state.candidates.append({"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": row})
     rank_candidates(state, run)
     run.log_evaluation(state, row)
     run.write_summary(state, envs, state.candidates[0]["evaluation"], row)
@@ -1998,9 +1957,9 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     The test, on other seeds and the published environment, chooses nothing.
     """
     goal = state.task.goal
-    last = {"agent": copy.deepcopy(state.average.state_dict()), "evaluation": {"global_step": state.global_step}}
+    last = {"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": {"global_step": state.global_step}}
     others = [c for c in state.candidates if c["evaluation"]["global_step"] != state.global_step]
-    agent = copy.deepcopy(state.average)
+    agent = copy.deepcopy(state.agent)
 
     def evaluate(candidate: dict[str, Any], first: int, count: int, as_published: bool) -> dict[str, float]:
         agent.load_state_dict(candidate["agent"])
@@ -2267,7 +2226,7 @@ class Run:
             self.save(state)
 
     def save_best(self, state: State) -> None:
-        tree = {**policy_dict(state.average, self.args, self.task), **state.candidates[0]}
+        tree = {**policy_dict(state.agent, self.args, self.task), **state.candidates[0]}
         self.write("best.pt", encode(tree))
 
     def write_summary(self, state: State, envs: VecEnv, best: dict[str, Any], last: dict[str, Any]) -> None:

@@ -605,7 +605,7 @@ class Fuzz:
 
     def misshapen(self) -> bytes:
         """Torch's fused Adam writes past the end of a tensor that is too small: such a file can corrupt memory."""
-        nets = [(key, *path) for key in ("agent", "trained", "optimizers") for path in places(self.tree[key])]
+        nets = [(key, *path) for key in ("agent", "optimizers") for path in places(self.tree[key])]
         tensors = [path for path in nets if math.prod(self.shape(path) or ()) > 1]
         place = self.rng.choice(tensors)
         hollow = torch.zeros(1).expand(self.shape(place))  # of the right shape, with the memory of one number

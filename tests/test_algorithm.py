@@ -47,8 +47,6 @@ from ppo_vec import (
     State,
     Task,
     VecEnv,
-    action_noise,
-    average_weights,
     collect,
     decode,
     encode,
@@ -199,7 +197,6 @@ class Trainer:
         self.collect()
         self.update()
         self.normalize()
-        average_weights(self.state.average, self.state.agent, self.state.iteration)
 
 
 @contextlib.contextmanager
@@ -695,42 +692,6 @@ def test_a_policy_maps_one_observation_or_a_batch_to_its_mean_action() -> None:
     assert policy(obs).dtype == np.float32
 
 
-def test_white_noise_is_what_the_generator_draws() -> None:
-    noise = action_noise(np.random.default_rng(3), (7, 5, 2), 0)
-    assert_same(noise, np.random.default_rng(3).standard_normal((7, 5, 2), dtype=np.float32))
-
-
-@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("steps", [1, 2, 3, 127, 128])
-def test_colored_noise_is_standard_normal_at_every_step(steps: int, beta: float) -> None:
-    noise = action_noise(np.random.default_rng(0), (steps, 5000, 4), beta)
-    assert noise.dtype == np.float32
-    assert noise.shape == (steps, 5000, 4)
-    np.testing.assert_allclose(noise.std((1, 2)), 1, rtol=0.03)
-    np.testing.assert_allclose(noise.mean((1, 2)), 0, atol=0.04)
-    assert np.mean(np.abs(noise) < 1) == pytest.approx(0.6827, abs=0.01)
-    between = np.corrcoef(noise[0].reshape(-1, 8).T) - np.eye(8)  # other environments and dimensions
-    assert np.abs(between).max() < 0.1
-
-
-@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
-def test_the_power_of_colored_noise_falls_with_frequency(beta: float) -> None:
-    noise = action_noise(np.random.default_rng(0), (128, 4000, 4), beta)
-    power = (np.abs(np.fft.rfft(noise, axis=0)) ** 2).mean((1, 2))
-    for f in (1, 2, 4, 8, 15):
-        assert power[f] / power[4 * f] == pytest.approx(4**beta, rel=0.1)
-    assert power[0] == pytest.approx(power[1], rel=0.1)  # 1 / f^beta has no end there
-
-
-@processes
-def test_a_rollout_acts_on_noise_of_the_color_asked_for() -> None:
-    args = make_args(num_envs=3, num_workers=1, num_steps=64, noise_beta=1.0)
-    with trainer(args) as t:
-        expected = action_noise(copy.deepcopy(t.state.noise_rng), (64, 3, 4), 1.0)
-        t.collect()
-        assert_same(t.envs.data.noise.copy(), expected)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Normalisers
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1069,61 +1030,6 @@ def test_what_else_changes_over_a_run_by_hand() -> None:
     assert scheduled(constant, 500).fall_reward == -0.1
 
 
-def test_average_weights_by_hand() -> None:
-    args = make_args(critic_progress=True)
-    agent, average = make_agent(args), make_agent(args, seed=1)
-    expected = [1, 1 + 1 / 1.1, (1 + 1 / 1.1) * 0.2 / 1.2 + 4 / 1.2]  # weights of 1, 1/1.1 and 1/1.2
-    for iteration, (value, mean) in enumerate(zip((1.0, 2.0, 4.0), expected)):
-        for parameter in agent.parameters():
-            parameter.data.fill_(value)
-        agent.normalizer.update(torch.randn(9, 5), torch.ones(9, dtype=torch.bool))
-        before = snapshot(agent.state_dict())
-        average_weights(average, agent, iteration)
-        assert_same(snapshot(agent.state_dict()), before)
-        for parameter in average.parameters():
-            torch.testing.assert_close(parameter.data, torch.full_like(parameter, mean))
-        assert_same(dict(average.named_buffers()), dict(agent.named_buffers()))
-    steady = copy.deepcopy(average)
-    for parameter in agent.parameters():
-        parameter.data.fill_(5.0)
-    average_weights(steady, agent, 1000)  # late, an iteration counts for little
-    assert steady.critic[0].weight[0, 0].item() == pytest.approx(expected[2] + (5 - expected[2]) / 101)
-
-
-@processes
-def test_what_is_evaluated_and_delivered_is_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    average, evaluate, averages, evaluated = ppo_vec.average_weights, VecEnv.evaluate, [], []
-
-    def note_average(mean: Agent, agent: Agent, iteration: int) -> None:
-        assert iteration == len(averages)
-        average(mean, agent, iteration)
-        averages.append(mean.policy_arrays())
-
-    def note(self: VecEnv, policy: list[np.ndarray], chosen: list[int], as_published: bool) -> list:
-        evaluated.append((len(averages), policy))
-        return evaluate(self, policy, chosen, as_published)
-
-    monkeypatch.setattr(ppo_vec, "EVALUATION_SHARE", 100)  # after every iteration
-    monkeypatch.setattr(ppo_vec, "average_weights", note_average)
-    monkeypatch.setattr(VecEnv, "evaluate", note)
-    folder, tree = run_train(
-        tmp_path, env_id=PENDULUM, num_envs=4, num_workers=1, num_steps=50, total_timesteps=1900, eval_episodes=4,
-        learning_rate=3e-3,
-    )  # fmt: skip
-    assert len(averages) == tree["iteration"] == 10
-    assert [done for done, _ in evaluated[:9]] == list(range(1, 10))
-    for done, policy in evaluated[:9]:
-        assert_same(policy, averages[done - 1])
-    for _, policy in evaluated[9:]:  # the final choice and the test
-        assert any(np.array_equal(policy[3], arrays[3]) for arrays in averages)
-    assert any(np.array_equal(policy[3], averages[-1][3]) for _, policy in evaluated[9:])
-    delivered = ppo_vec.read_checkpoint(str(folder / "best.pt"), policy=True)[1]
-    step = delivered["evaluation"]["global_step"]
-    for saved, arrays in ((tree["agent"], averages[-1]), (delivered["agent"], averages[math.ceil(step / 200) - 1])):
-        np.testing.assert_array_equal(saved["actor.0.weight"].T.numpy(), arrays[3])
-    assert not torch.equal(tree["agent"]["actor.0.weight"], tree["trained"]["actor.0.weight"])
-
-
 def test_actor_and_critic_move_by_their_own_rates() -> None:
     args = make_args(num_envs=4, num_steps=32, num_minibatches=1, update_epochs=1, learning_rate=1e-9)
     args = dataclasses.replace(args, critic_learning_rate=1e-2)
@@ -1428,7 +1334,7 @@ def test_a_state_survives_its_checkpoint_where_only_the_critic_was_stepped() -> 
 
 def plain(tree: dict[str, Any]) -> dict[str, Any]:
     """A state dict without what differs between equal runs: times, and arguments that change no result."""
-    return {k: dict(v) if k in ("agent", "trained") else v for k, v in tree.items() if k not in (*TIMES, "args")}
+    return {k: dict(v) if k == "agent" else v for k, v in tree.items() if k not in (*TIMES, "args")}
 
 
 @pytest.fixture(scope="module")
@@ -1658,7 +1564,6 @@ def test_other_environments_train_end_to_end(
     progress, evaluate, used = ppo_vec.evaluate_progress, VecEnv.evaluate, {False: [], True: []}
     training = (
         "agent",
-        "trained",
         "optimizers",
         "reward_scaler",
         "noise_rng",

@@ -133,7 +133,6 @@ BAD_ARGUMENTS = [
     "--fall-reward -1 --final-fall-reward 0",
     "--env-id Pendulum-v1 --final-fall-reward -1",
     "--initial-std 0",
-    *(f"--noise-beta {value}" for value in ("-0.1", "2.1", "nan")),
     "--final-gamma 1",
     "--gamma 1 --final-gamma 0.99",
     "--actor-hidden-sizes 64 0",

@@ -116,7 +116,7 @@ class Args:
     gamma: float = 0.99
     """the discount factor"""
     final_gamma: float | None = None
-    """let 1 - gamma change in equal ratios to this over three quarters of training; default: constant"""
+    """let 1 - gamma change in equal ratios to this by the end of training; default: constant"""
     gae_lambda: float = 0.95
     """the lambda of generalized advantage estimation"""
     value_lambda: float | None = None
@@ -144,7 +144,7 @@ class Args:
     fall_reward: float | None = None
     """the normalised reward of a fall (-100) at the start of training; default: what normalising makes of it"""
     final_fall_reward: float | None = None
-    """let it change in equal ratios to this over three quarters of training; default: constant"""
+    """let it change in equal ratios to this by the end of training; default: constant"""
     action_cost: float = 0.0
     """reward that training takes for each unit of |action|, beside the environment; rises from 0 over its first half"""
     compile: bool = False
@@ -709,15 +709,11 @@ def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.o
     return adam(agent.actor), adam(agent.critic)
 
 
-SETTLED = 0.75  # the part of training after which discount and price of a fall no longer change
-
-
 def scheduled(args: Args, global_step: int) -> Args:
     """The arguments of the iteration that starts at `global_step`.
 
-    Learning rates and entropy bonus fall linearly to the end. What is to be learned changes earlier, discount and price
-    of a fall in equal ratios over the first SETTLED of training, the action cost linearly over its first half: a critic
-    whose learning rate is almost zero could not follow any longer (gaits slowed down there, and fell again).
+    Learning rates and entropy bonus fall linearly; discount and the price of a fall change in equal ratios; the action
+    cost grows linearly over the first half.
 
     The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
     nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at
@@ -727,10 +723,9 @@ def scheduled(args: Args, global_step: int) -> Args:
     course lacks to the ceiling is the price of its torque, but at that price alone a gait hardly changes any more.
     """
     progress = min(global_step / args.total_timesteps, 1)
-    change = min(progress / SETTLED, 1)
 
     def geometric(start: float, end: float) -> float:
-        return start ** (1 - change) * end**change
+        return start ** (1 - progress) * end**progress
 
     left = 1 - progress if args.anneal_lr else 1.0
     fall, final_fall = args.fall_reward, args.final_fall_reward

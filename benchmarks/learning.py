@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "default": "--num-envs 16 --cuda",
     "default-2m": "--num-envs 16 --cuda --total-timesteps 2000000",
-    "cheap-2m": "--num-envs 16 --cuda --total-timesteps 2000000 --num-steps 256 --action-cost 0.15 --ent-coef 0.0025 "
+    "cheap-2m": "--num-envs 16 --cuda --total-timesteps 2000000 --action-cost 0.125 --ent-coef 0.0025 "
     "--critic-progress --final-gamma 0.997 --bounds-loss-coef 0.01",
     "lander": "--env-id LunarLanderContinuous-v3",
     "hardcore": "--env-id BipedalWalkerHardcore-v3",

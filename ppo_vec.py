@@ -102,6 +102,8 @@ class Args:
     """seconds without a step after which a worker counts as hung, and all of them are replaced"""
     fast_walker: bool = True
     """step the two BipedalWalkers with less Python, the same to the bit (checked against the stock one at start)"""
+    steepest_of: int = 1
+    """train on the steepest of this many of BipedalWalker's courses: most falls that are left happen on rare ground"""
 
     total_timesteps: int = 1_000_000
     """environment steps to train for; training ends with the first rollout that reaches it"""
@@ -193,7 +195,12 @@ class Args:
             value, flag = getattr(self, f.name), "--" + f.name.replace("_", "-")
             if isinstance(value, float):
                 check(math.isfinite(value), f"{flag} must be a finite number, not {value}")
-            if f.name.startswith("num_") or f.name in ("total_timesteps", "update_epochs", "eval_episodes"):
+            if f.name.startswith("num_") or f.name in (
+                "total_timesteps",
+                "update_epochs",
+                "eval_episodes",
+                "steepest_of",
+            ):
                 check(value is None or value >= 1, f"{flag} must be at least 1, not {value}")
             if f.name in POSITIVE:
                 check(value is None or value > 0, f"{flag} must be greater than 0, not {value}")
@@ -885,9 +892,12 @@ ENDLESS = 10_000  # steps after which an evaluation ends an episode of an enviro
 TEST_SEEDS, SELECTION_SEEDS, TRAINING_SEEDS = 0, 2**30, 2**31
 
 
-def episode_seed(seed: int, env: int, episode: int) -> int:
-    """The reset seed of a training episode: with its actions, all that it takes to have the episode again."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(0, env, episode))
+def episode_seed(seed: int, env: int, episode: int, course: int = 0) -> int:
+    """The reset seed of a training episode: with its actions, all that it takes to have the episode again.
+
+    With --steepest-of there is one for each `course` that it may have.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(0, env, episode, course) if course else (0, env, episode))
     return TRAINING_SEEDS | int(sequence.generate_state(1)[0])
 
 
@@ -898,6 +908,7 @@ class Task:
     env_id: str
     seed: int
     fast_walker: bool
+    steepest_of: int
     obs_dim: int
     low: np.ndarray  # (action_dim,) float32 action bounds
     high: np.ndarray
@@ -931,6 +942,8 @@ class Task:
         spec = env.spec
         env.close()
         env_id = spec.id if spec.id in WALKERS else args.env_id  # "BipedalWalker" is the newest version of it
+        if args.steepest_of > 1 and WALKERS.get(env_id) is not False:
+            raise UserError(f"--steepest-of belongs to BipedalWalker-v3: {env_id} has no slopes to choose by")
         fast = args.fast_walker and env_id in WALKERS
         if fast and not fast_walker_agrees(env_id):
             warn("the fast walker differs from Gymnasium's on this machine; using Gymnasium's")
@@ -939,6 +952,7 @@ class Task:
             env_id=env_id,
             seed=args.seed,
             fast_walker=fast,
+            steepest_of=args.steepest_of,
             obs_dim=int(np.prod(obs_space.shape)),
             low=rounded(action_space.low, np.inf),
             high=rounded(action_space.high, -np.inf),
@@ -1158,7 +1172,9 @@ class Block(gym.Env):
 
     def begin_episode(self, i: int, episode: int) -> np.ndarray:
         self.episode[i] = episode
-        return reset_env(self.envs[i], episode_seed(self.task.seed, self.start + i, int(episode)))
+        env, task = self.envs[i], self.task
+        seeds = [episode_seed(task.seed, self.start + i, int(episode), course) for course in range(task.steepest_of)]
+        return reset_env(env, seeds[0] if len(seeds) == 1 else max(seeds, key=lambda seed: steepness(env, seed)))
 
     def restore(self) -> None:
         """On the first call: brings every environment to where the last complete rollout left it."""
@@ -1398,6 +1414,13 @@ class FreshWalker(stock.BipedalWalker):
         self.world.contactListener = None  # breaks the cycle world, listener, environment: it holds C++ memory
         self.world, self.terrain = Box2D.b2World(), []
         return super().reset(seed=seed, options=options)
+
+
+def steepness(env: gym.Env, seed: int) -> float:
+    """The largest difference in height over four steps of the terrain of a walker's course. Resets `env`."""
+    env.reset(seed=seed)
+    y = np.array(env.unwrapped.terrain_y)
+    return float(np.abs(y[4:] - y[:-4]).max())
 
 
 RAYS = 10

@@ -37,6 +37,8 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "default-2m": "--num-envs 16 --cuda --total-timesteps 2000000",
     "cheap-2m": "--num-envs 16 --cuda --total-timesteps 2000000 --action-cost 0.125 --ent-coef 0.0025 "
     "--critic-progress --final-gamma 0.997 --bounds-loss-coef 0.01",
+    "steep-2m": "--num-envs 16 --cuda --total-timesteps 2000000 --steepest-of 4 --action-cost 0.2 --ent-coef 0.0025 "
+    "--critic-progress --final-gamma 0.997 --bounds-loss-coef 0.01",
     "lander": "--env-id LunarLanderContinuous-v3",
     "hardcore": "--env-id BipedalWalkerHardcore-v3",
     # The two systems of the README's last section.

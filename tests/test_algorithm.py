@@ -1388,6 +1388,39 @@ def test_episode_seeds_do_not_overlap() -> None:
     assert len(set().union(*runs)) == 6 * 320
     assert all(ppo_vec.TRAINING_SEEDS <= s < 2**32 for run in runs for s in run)  # what env.reset() accepts
     assert episode_seed(1, 2, 3) == episode_seed(1, 2, 3)
+    courses = {episode_seed(1, env, k, course) for env in range(16) for k in range(20) for course in range(4)}
+    assert len(courses) == 1280
+    assert {episode_seed(1, env, k) for env in range(16) for k in range(20)} <= courses
+
+
+@processes
+@pytest.mark.parametrize("fast_walker", [True, False])
+def test_steepest_of_trains_on_the_steepest_course_and_evaluates_on_any(fast_walker: bool) -> None:
+    args = make_args(num_envs=3, num_workers=2, num_steps=200, steepest_of=4, initial_std=3.0, fast_walker=fast_walker)
+
+    def first_obs(env: int, episode: int) -> np.ndarray:
+        courses = []
+        for course in range(4):
+            walker = gym.make(WALKER)
+            obs = walker.reset(seed=episode_seed(args.seed, env, episode, course))[0]
+            y = walker.unwrapped.terrain_y
+            courses.append((max(abs(b - a) for a, b in zip(y, y[4:])), obs))
+        assert len({steep for steep, _ in courses}) == 4
+        return max(courses, key=lambda pair: pair[0])[1]
+
+    with trainer(args) as t:
+        t.collect()
+        later = 0
+        for env in range(3):
+            starts = [0, *(1 + (~t.rollout.valid[:, env]).nonzero().flatten()).tolist()]
+            for episode, row in enumerate(starts):
+                assert np.array_equal(t.rollout.obs[row, env].numpy(), first_obs(env, episode)), (env, episode)
+                later += episode > 0
+        assert later > 0
+        policy = t.state.agent.policy_arrays()
+        seeds = list(range(8))
+        evaluated = t.envs.evaluate(policy, seeds, as_published=False)
+        assert evaluated == t.envs.evaluate(policy, seeds, as_published=True)
 
 
 def test_seed_ranges_do_not_meet() -> None:

@@ -103,7 +103,7 @@ class Args:
     fast_walker: bool = True
     """step the two BipedalWalkers with less Python, the same to the bit (checked against the stock one at start)"""
     steepest_of: int = 1
-    """train on the steepest of this many of BipedalWalker's courses: most falls that are left happen on rare ground"""
+    """train on the steepest of this many of BipedalWalker's courses: steep ground is rare, and where many falls remain"""
 
     total_timesteps: int = 1_000_000
     """environment steps to train for; training ends with the first rollout that reaches it"""
@@ -195,12 +195,7 @@ class Args:
             value, flag = getattr(self, f.name), "--" + f.name.replace("_", "-")
             if isinstance(value, float):
                 check(math.isfinite(value), f"{flag} must be a finite number, not {value}")
-            if f.name.startswith("num_") or f.name in (
-                "total_timesteps",
-                "update_epochs",
-                "eval_episodes",
-                "steepest_of",
-            ):
+            if f.name.startswith("num_") or f.name in COUNTS:
                 check(value is None or value >= 1, f"{flag} must be at least 1, not {value}")
             if f.name in POSITIVE:
                 check(value is None or value > 0, f"{flag} must be greater than 0, not {value}")
@@ -239,6 +234,7 @@ class Args:
             check(plain, f"{flag} {name!r} must be a plain folder name")
 
 
+COUNTS = ("total_timesteps", "update_epochs", "eval_episodes", "steepest_of")  # beside num_*
 POSITIVE = (
     "learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm", "target_kl", "worker_timeout", "initial_std",
 )  # fmt: skip
@@ -1174,7 +1170,9 @@ class Block(gym.Env):
         self.episode[i] = episode
         env, task = self.envs[i], self.task
         seeds = [episode_seed(task.seed, self.start + i, int(episode), course) for course in range(task.steepest_of)]
-        return reset_env(env, seeds[0] if len(seeds) == 1 else max(seeds, key=lambda seed: steepness(env, seed)))
+        if len(seeds) > 1:
+            seeds.sort(key=lambda seed: steepness(env, seed))
+        return reset_env(env, seeds[-1])
 
     def restore(self) -> None:
         """On the first call: brings every environment to where the last complete rollout left it."""

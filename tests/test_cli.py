@@ -144,7 +144,7 @@ BAD_ARGUMENTS = [
     "--run-name a/b",
     "--run-name ..",
     "--run-name .",
-    "--run-name /tmp/x",
+    "--run-name /absolute",
     "--exp-name a/b",
     "--resume=",
     "--evaluate=",

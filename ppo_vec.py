@@ -103,7 +103,7 @@ class Args:
     fast_walker: bool = True
     """step the two BipedalWalkers with less Python, the same to the bit (checked against the stock one at start)"""
     steepest_of: int = 1
-    """train on the steepest of this many of BipedalWalker's courses: steep ground is rare, and where many falls remain"""
+    """train on the steepest of this many of BipedalWalker's courses: steep ground is rare, and many falls happen there"""
 
     total_timesteps: int = 1_000_000
     """environment steps to train for; training ends with the first rollout that reaches it"""

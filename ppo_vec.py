@@ -102,8 +102,8 @@ class Args:
     """seconds without a step after which a worker counts as hung, and all of them are replaced"""
     fast_walker: bool = True
     """step the two BipedalWalkers with less Python, the same to the bit (checked against the stock one at start)"""
-    steepest_of: int = 1
-    """train on the steepest of this many of BipedalWalker's courses: steep ground is rare, and many falls happen there"""
+    practice: float = 0.0
+    """the share of a walker's training steps that goes back to places shortly before its falls"""
 
     total_timesteps: int = 1_000_000
     """environment steps to train for; training ends with the first rollout that reaches it"""
@@ -203,6 +203,8 @@ class Args:
                 check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
             if f.name in ("ent_coef", "bounds_loss_coef", "vf_coef", "action_cost", "seed"):
                 check(value >= 0, f"{flag} must not be negative, not {value}")
+            if f.name == "practice":
+                check(0 <= value < 1, f"{flag} must lie in [0, 1), not {value}")
             if f.name.endswith("hidden_sizes"):
                 check(all(size >= 1 for size in value), f"{flag} must all be at least 1, not {value}")
         check(
@@ -234,7 +236,7 @@ class Args:
             check(plain, f"{flag} {name!r} must be a plain folder name")
 
 
-COUNTS = ("total_timesteps", "update_epochs", "eval_episodes", "steepest_of")  # beside num_*
+COUNTS = ("total_timesteps", "update_epochs", "eval_episodes")  # beside num_*
 POSITIVE = (
     "learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm", "target_kl", "worker_timeout", "initial_std",
 )  # fmt: skip
@@ -888,13 +890,9 @@ ENDLESS = 10_000  # steps after which an evaluation ends an episode of an enviro
 TEST_SEEDS, SELECTION_SEEDS, TRAINING_SEEDS = 0, 2**30, 2**31
 
 
-def episode_seed(seed: int, env: int, episode: int, course: int = 0) -> int:
-    """The reset seed of a training episode: with its actions, all that it takes to have the episode again.
-
-    With --steepest-of there is one for each `course` that it may have.
-    """
-    sequence = np.random.SeedSequence(seed, spawn_key=(0, env, episode, course) if course else (0, env, episode))
-    return TRAINING_SEEDS | int(sequence.generate_state(1)[0])
+def episode_seed(seed: int, env: int, episode: int) -> int:
+    """The reset seed of a training episode: with its actions, all that it takes to have the episode again."""
+    return TRAINING_SEEDS | int(np.random.SeedSequence(seed, spawn_key=(0, env, episode)).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
@@ -904,7 +902,7 @@ class Task:
     env_id: str
     seed: int
     fast_walker: bool
-    steepest_of: int
+    practice: float
     obs_dim: int
     low: np.ndarray  # (action_dim,) float32 action bounds
     high: np.ndarray
@@ -938,8 +936,8 @@ class Task:
         spec = env.spec
         env.close()
         env_id = spec.id if spec.id in WALKERS else args.env_id  # "BipedalWalker" is the newest version of it
-        if args.steepest_of > 1 and WALKERS.get(env_id) is not False:
-            raise UserError(f"--steepest-of belongs to BipedalWalker-v3: {env_id} has no slopes to choose by")
+        if args.practice and env_id not in WALKERS:
+            raise UserError(f"--practice belongs to {' and '.join(WALKERS)}: {env_id} cannot be put back to a place")
         fast = args.fast_walker and env_id in WALKERS
         if fast and not fast_walker_agrees(env_id):
             warn("the fast walker differs from Gymnasium's on this machine; using Gymnasium's")
@@ -948,7 +946,7 @@ class Task:
             env_id=env_id,
             seed=args.seed,
             fast_walker=fast,
-            steepest_of=args.steepest_of,
+            practice=args.practice,
             obs_dim=int(np.prod(obs_space.shape)),
             low=rounded(action_space.low, np.inf),
             high=rounded(action_space.high, -np.inf),
@@ -999,20 +997,21 @@ def step_envs(envs: Sequence[gym.Env], actions: np.ndarray) -> tuple[np.ndarray,
 
 @dataclass
 class Episode:
-    """One row of episodes.csv."""
+    """An episode that has ended; if it is no practice, one row of episodes.csv."""
 
     global_step: int
     env: int
     ret: float
     length: int
     fell: bool  # ended by a termination with the reward of a fall
+    practice: bool = False  # began shortly before an earlier fall
 
 
 class EnvState:
     """Where the environments are between two rollouts: all that it takes to continue them in another process.
 
     A Box2D world cannot be pickled, but an episode is a function of its reset seed and its actions, so those are what
-    is kept (a fresh world at each reset makes this true of the walkers too).
+    is kept (a fresh world at each reset makes this true of the walkers too), and the place where practice began.
     """
 
     def __init__(self, num_envs: int, obs_dim: int) -> None:
@@ -1022,6 +1021,9 @@ class EnvState:
         self.done = np.zeros(num_envs, bool)  # that observation is an episode's last; the next step resets
         self.returns = np.zeros(num_envs)  # of the running episode
         self.lengths = np.zeros(num_envs, np.int64)
+        self.practising = np.zeros(num_envs, bool)
+        self.places = np.zeros((num_envs, 1 + PRACTICE_FALLS), PLACE)  # as Practice has them
+        self.practice_steps = np.zeros((num_envs, 2), np.int64)
         self.started = False
 
     def advance(self, data: RolloutData, global_step: int) -> tuple[np.ndarray, np.ndarray, list[Episode]]:
@@ -1034,15 +1036,17 @@ class EnvState:
         valid = ~np.vstack((self.done[None], done[:-1]))
         restarted = data.restarted & self.started  # could not be replayed: a new episode began at row 0
         self.episode[restarted] += 1
-        self.lengths[restarted] = self.returns[restarted] = 0
-        gains = np.stack((valid, np.where(valid, data.rewards, 0.0)), -1)
-        progress = running_sums(np.stack((self.lengths, self.returns), -1), gains, valid[..., None])
+        self.lengths[restarted] = self.returns[restarted] = self.practising[restarted] = 0
+        gains = np.stack((valid, data.rewards, np.zeros_like(valid)), -1)
+        gains = np.where(valid[..., None], gains, data.begun)
+        running = np.stack((self.lengths, self.returns, self.practising), -1)
+        progress = running_sums(running, gains, valid[..., None])
         steps = global_step + valid.sum(1).cumsum()
         episodes = []
         for t, i in np.argwhere(done):
-            length, ret = progress[t + 1, i].tolist()
+            length, ret, practice = progress[t + 1, i].tolist()
             fell = bool(data.terminated[t, i] and data.rewards[t, i] <= FALL)
-            episodes.append(Episode(int(steps[t]), int(i), ret, int(length), fell))
+            episodes.append(Episode(int(steps[t]), int(i), ret, int(length), fell, bool(practice)))
         for i in range(valid.shape[1]):
             resets = np.flatnonzero(~valid[:, i])
             self.episode[i] += len(resets)
@@ -1050,21 +1054,32 @@ class EnvState:
                 self.actions[i] = []
             self.actions[i].append(data.actions[resets[-1] + 1 if len(resets) else 0 :, i].copy())
         self.obs, self.done = data.obs[-1].copy(), done[-1].copy()
-        self.lengths[:], self.returns[:] = np.where(self.done, 0, progress[-1].T)
+        self.lengths[:], self.returns[:], self.practising[:] = np.where(self.done, 0, progress[-1].T)
+        self.places[...], self.practice_steps[...] = data.places, data.practice_steps
         self.started = True
-        return valid, progress, episodes
+        return valid, progress[..., :2], episodes
 
     def state_dict(self) -> dict[str, Any]:
-        arrays = {k: torch.from_numpy(v.copy()) for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        arrays = {k: torch.from_numpy(plain(v).copy()) for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         actions = [torch.from_numpy(np.concatenate(c)) if c else None for c in self.actions]
         return {**arrays, "actions": actions, "started": self.started}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
-                value[...] = saved[name].numpy()
+                plain(value)[...] = saved[name].numpy()
         self.actions = [[] if a is None else [a.numpy()] for a in saved["actions"]]
         self.started = saved["started"]
+        places = self.places[self.places["seed"] != 0]
+        if not all(np.isfinite(places[field]).all() for field in ("ret", "walker", "obs")):
+            raise ValueError("places to practise at are not finite")
+        if ((places["seed"] < 0) | (places["seed"] >= 2**32)).any():
+            raise ValueError("places to practise at have no seed")
+
+
+def plain(array: np.ndarray) -> np.ndarray:
+    """A view of records as their bytes, which torch can hold; of any other array itself."""
+    return array.view(np.uint8) if array.dtype.names else array
 
 
 class RolloutData:
@@ -1086,6 +1101,9 @@ class RolloutData:
             "terminated": allocate(T, N, dtype=np.bool_),
             "truncated": allocate(T, N, dtype=np.bool_),
             "restarted": allocate(N, dtype=np.bool_),  # a new episode began before row 0
+            "begun": allocate(T, N, 3, dtype=np.float64),  # in rows that reset: Practice.begun of the new episode
+            "places": allocate(N, 1 + PRACTICE_FALLS, dtype=PLACE),
+            "practice_steps": allocate(N, 2, dtype=np.int64),
             "beats": allocate(num_workers, dtype=np.int64),  # counts each worker's steps
         }
         self.open(arrays, [allocate(*a.shape) for a in policy])
@@ -1139,13 +1157,17 @@ class Block(gym.Env):
             for t in range(len(data.actions)):
                 if not given_actions:
                     data.actions[t, columns] = self.policy.sample(obs, data.noise[t, columns], self.start)
+                resets = np.flatnonzero(self.done)
                 obs, rewards, terminated, truncated = self.step(data.actions[t, columns])
+                for i in resets:
+                    data.begun[t, self.start + i] = self.practice.begun(i)
                 data.obs[t + 1, columns] = obs
                 data.rewards[t, columns] = rewards
                 data.terminated[t, columns] = terminated
                 data.truncated[t, columns] = truncated
                 data.beats[self.index] += 1
             self.obs = obs
+            data.places[columns], data.practice_steps[columns] = self.practice.places, self.practice.steps
         except Exception:
             return traceback.format_exc()
 
@@ -1153,26 +1175,35 @@ class Block(gym.Env):
         """One row of unclipped actions (k, action_dim). After an episode's end the row only resets (NEXT_STEP)."""
         actions = self.policy.env_action(actions)
         if not self.done.any():
-            result = step_envs(self.envs, actions)
+            result = self.step_some(range(len(self.envs)), actions)
         else:
             k = len(self.envs)
             result = np.empty((k, self.task.obs_dim), np.float32), np.zeros(k, np.float32), *np.zeros((2, k), bool)
             for i in np.flatnonzero(self.done):
-                result[0][i] = self.begin_episode(i, self.episode[i] + 1)
+                episode = int(self.episode[i]) + 1
+                result[0][i] = self.begin_episode(i, episode, self.practice.choose(i, episode))
             running = np.flatnonzero(~self.done)
             if len(running):
-                for into, row in zip(result, step_envs([self.envs[i] for i in running], actions[running])):
+                for into, row in zip(result, self.step_some(running, actions[running])):
                     into[running] = row
         self.done = result[2] | result[3]
         return result
 
-    def begin_episode(self, i: int, episode: int) -> np.ndarray:
+    def step_some(
+        self, some: Sequence[int], actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """One step of the running episodes of environments `some`, with their rows of env-ready actions."""
+        result = step_envs([self.envs[i] for i in some], actions)
+        if self.task.practice:
+            for row, i in enumerate(some):
+                self.practice.after_step(i, self.envs[i], *(column[row : row + 1] for column in result))
+        return result
+
+    def begin_episode(self, i: int, episode: int, place: np.void | None) -> np.ndarray:
+        """Begins the episode of this number in environment i, on a course of its own or at a place to practise."""
         self.episode[i] = episode
-        env, task = self.envs[i], self.task
-        seeds = [episode_seed(task.seed, self.start + i, int(episode), course) for course in range(task.steepest_of)]
-        if len(seeds) > 1:
-            seeds.sort(key=lambda seed: steepness(env, seed))
-        return reset_env(env, seeds[-1])
+        seed = episode_seed(self.task.seed, self.start + i, episode)
+        return self.practice.begin(i, self.envs[i], seed, place)
 
     def restore(self) -> None:
         """On the first call: brings every environment to where the last complete rollout left it."""
@@ -1184,19 +1215,20 @@ class Block(gym.Env):
         self.episode = state.episode[columns].copy()
         self.data.restarted[columns] = False
         self.envs = [self.task.make_env() for _ in range(self.start, self.stop)]
-        for i, env in enumerate(self.envs):
+        self.practice = Practice(self.task.practice, state, columns)
+        for i in range(len(self.envs)):
             if self.done[i]:
                 continue
-            obs, running = self.begin_episode(i, self.episode[i]), True
+            obs, running = self.begin_episode(i, int(self.episode[i]), self.practice.began_at(i)), True
             for action in (a for chunk in state.actions[self.start + i] for a in chunk):
-                rows, _, terminated, truncated = step_envs([env], self.policy.env_action(action[None]))
+                rows, _, terminated, truncated = self.step_some([i], self.policy.env_action(action[None]))
                 obs, running = rows[0], not (terminated[0] or truncated[0])
                 self.data.beats[self.index] += 1
                 if not running:
                     break
             if state.started and not (running and np.array_equal(obs, self.obs[i])):
                 self.data.restarted[self.start + i] = True
-                obs = self.begin_episode(i, self.episode[i] + 1)
+                obs = self.begin_episode(i, int(self.episode[i]) + 1, None)
             self.obs[i] = obs
 
     def evaluate(self, seeds: list[int], workers: int, as_published: bool) -> list[tuple[int, float, int]] | str:
@@ -1215,6 +1247,92 @@ class Block(gym.Env):
             return [(i, *episode) for i, episode in zip(mine, episodes)]
         except Exception:
             return traceback.format_exc()
+
+
+PRACTICE_FALLS = 4  # of each environment: the last ones
+PRACTICE_BEFORE = (40, 140)  # steps before a fall: where practice begins
+PRACTICE_BEYOND = 60  # steps after it: where practice ends
+PRACTICE_EVERY = 5  # steps from one place that is kept to the next
+
+# A place that a walker can be put back to.
+PLACE = np.dtype(
+    [
+        ("seed", np.int64),  # of the course; 0 where there is no place
+        ("length", np.int64),  # of the episode so far
+        ("ret", np.float64),
+        ("last", np.int64),  # the length at which practice is cut off
+        ("walker", np.float64, 33),  # walker_state
+        ("obs", np.float32, 24),
+    ]
+)
+
+
+class Practice:
+    """Sends the walkers of a block back to where they fell, for a share of their steps (--practice).
+
+    A walker that falls on one course in ten learns nothing about it in most of its steps. So it practises: an episode
+    begins shortly before one of the last falls of its environment, on that course, at that place and speed, and is cut
+    off shortly after the place of the fall. To PPO it is an episode like another (truncated, so bootstrapped). It
+    has the length and return of the one that fell so far, for --critic-progress. The idea of starting from
+    states on the way: Salimans & Chen 2018, arXiv 1812.03381.
+    """
+
+    def __init__(self, share: float, state: EnvState, columns: slice) -> None:
+        self.share = share
+        self.places = state.places[columns].copy()  # (k, 1 + falls): where the episode began; where to practise
+        self.steps = state.practice_steps[columns].copy()  # (k, 2), of episodes that ended: whole courses, practice
+        self.lengths, self.returns = [0] * len(self.places), [0.0] * len(self.places)
+        self.seeds = [0] * len(self.places)
+        self.recent = [deque(maxlen=PRACTICE_BEFORE[1] // PRACTICE_EVERY) for _ in self.places]
+
+    def choose(self, i: int, episode: int) -> np.void | None:
+        """The place to begin this episode at, or None for the start of a new course."""
+        falls = self.places[i, 1:]
+        falls = falls[falls["seed"] > 0]
+        if len(falls) and self.steps[i, 1] < self.share * self.steps[i].sum():
+            return falls[episode % len(falls)]
+        return None
+
+    def began_at(self, i: int) -> np.void | None:
+        """The place that the running episode began at."""
+        place = self.places[i, 0]
+        return place.copy() if place["seed"] else None
+
+    def begin(self, i: int, env: gym.Env, seed: int, place: np.void | None) -> np.ndarray:
+        """Resets `env` to the course of this seed, or puts it back to `place`. Returns the first observation."""
+        self.places[i, 0] = np.zeros((), PLACE) if place is None else place
+        self.seeds[i], self.lengths[i], self.returns[i] = seed, *self.begun(i)[:2]
+        self.recent[i].clear()
+        if place is None:
+            return reset_env(env, seed)
+        reset_env(env, int(place["seed"]))
+        put_back(env, place["walker"])
+        return place["obs"]
+
+    def begun(self, i: int) -> tuple[int, float, bool]:
+        """Length and return with which the running episode began, and whether it is practice."""
+        place = self.places[i, 0]
+        return int(place["length"]), float(place["ret"]), bool(place["seed"])
+
+    def after_step(
+        self, i: int, env: gym.Env, obs: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
+    ) -> None:
+        """Takes note of a step of environment i, given as rows (1, ...) of its results; may set `truncated`."""
+        self.lengths[i] += 1
+        self.returns[i] += float(reward[0])
+        length, (begun, _, practising) = self.lengths[i], self.begun(i)
+        if practising:
+            truncated |= length >= self.places[i, 0]["last"]
+        elif terminated[0] and reward[0] <= FALL:
+            near = [place for place in self.recent[i] if length - place[1] >= PRACTICE_BEFORE[0]]
+            if near:
+                self.places[i, 1:-1] = self.places[i, 2:].copy()
+                self.places[i, -1] = near[length % len(near)]  # as good as at random
+                self.places[i, -1]["last"] = length + PRACTICE_BEYOND
+        elif length % PRACTICE_EVERY == 0:
+            self.recent[i].append((self.seeds[i], length, self.returns[i], 0, walker_state(env), obs[0].copy()))
+        if terminated[0] or truncated[0]:
+            self.steps[i, int(practising)] += length - begun
 
 
 def end_with(trainer: int) -> None:
@@ -1414,11 +1532,29 @@ class FreshWalker(stock.BipedalWalker):
         return super().reset(seed=seed, options=options)
 
 
-def steepness(env: gym.Env, seed: int) -> float:
-    """The largest difference in height over four steps of the terrain of a walker's course. Resets `env`."""
-    env.reset(seed=seed)
-    y = np.array(env.unwrapped.terrain_y)
-    return float(np.abs(y[4:] - y[:-4]).max())
+def walker_state(env: gym.Env) -> list[float]:
+    """What `put_back` needs to continue a walker's episode: 33 numbers."""
+    walker = env.unwrapped
+    state = [walker.prev_shaping, walker.legs[1].ground_contact, walker.legs[3].ground_contact]
+    for body in (walker.hull, *walker.legs):
+        state += [*body.position, body.angle, *body.linearVelocity, body.angularVelocity]
+    return state
+
+
+def put_back(env: gym.Env, state: np.ndarray) -> None:
+    """Puts a walker that has just been reset to the same course where it was when walker_state() gave `state`.
+
+    It then goes on as it did, but for the impulses that Box2D's solver remembers from one step to the next.
+    """
+    walker = env.unwrapped
+    for body, (x, y, angle, vx, vy, spin) in zip((walker.hull, *walker.legs), state[3:].reshape(5, 6).tolist()):
+        body.transform = (x, y), angle
+        body.linearVelocity, body.angularVelocity = (vx, vy), spin
+    listener, walker.world.contactListener = walker.world.contactListener, None
+    walker.world.Step(0.0, 0, 0)  # no time passes, but contacts there become old ones, and those of the reset end
+    walker.world.contactListener = listener
+    walker.prev_shaping = float(state[0])
+    walker.legs[1].ground_contact, walker.legs[3].ground_contact = map(bool, state[1:3])
 
 
 RAYS = 10
@@ -2290,7 +2426,8 @@ class Run:
     ) -> None:  # fmt: skip
         """One iteration: TensorBoard, episodes.csv, progress bar. Every tag is explained in the README."""
         valid = int(rollout.valid.sum())
-        for episode in episodes:
+        whole = [episode for episode in episodes if not episode.practice]
+        for episode in whole:
             self.scalars(
                 episode.global_step,
                 {"charts/episodic_return": episode.ret, "charts/episodic_length": float(episode.length)},
@@ -2309,8 +2446,9 @@ class Run:
             "time/update_s": update_s,
             **{f"losses/{name}": value for name, value in metrics.items()},
         }
-        if episodes:
-            values["charts/fall_rate"] = sum(e.fell for e in episodes) / len(episodes)
+        for tag, some in (("fall_rate", whole), ("practice_fall_rate", [e for e in episodes if e.practice])):
+            if some:
+                values[f"charts/{tag}"] = sum(e.fell for e in some) / len(some)
         self.scalars(state.global_step, values)
         self.events.flush(), self.episodes.flush()
         if self.bar is not None:

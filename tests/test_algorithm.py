@@ -127,6 +127,9 @@ def fake_rollout(args: Args, agent: Agent, seed: int = 0) -> Rollout:
 
 def rollout_data(**arrays: np.ndarray) -> RolloutData:
     data = object.__new__(RolloutData)  # without the shared memory
+    T, N = arrays["rewards"].shape
+    data.begun, data.restarted = np.zeros((T, N, 3)), np.zeros(N, bool)
+    data.places, data.practice_steps = np.zeros((N, 1 + ppo_vec.PRACTICE_FALLS), ppo_vec.PLACE), np.zeros((N, 2), int)
     vars(data).update(arrays)
     return data
 
@@ -375,7 +378,6 @@ def random_data(seed: int, T: int = 20, N: int = 3) -> tuple[RolloutData, np.nda
         rewards=np.where(valid, rng.normal(size=(T, N)), 0).astype(np.float32),
         terminated=terminated,
         truncated=truncated,
-        restarted=np.zeros(N, bool),
     )
     return data, valid
 
@@ -407,7 +409,7 @@ def test_env_state_counts_steps_and_returns_by_hand() -> None:
         done = np.array(terminated, bool)[:, None]
         data = rollout_data(
             obs=np.zeros((len(rewards) + 1, 1, 1), np.float32), actions=column[..., None], rewards=column,
-            terminated=done, truncated=np.zeros_like(done), restarted=np.zeros(1, bool),
+            terminated=done, truncated=np.zeros_like(done),
         )  # fmt: skip
         valid, progress, episodes = state.advance(data, global_step)
         return valid[:, 0].tolist(), progress[:, 0].tolist(), episodes
@@ -1388,39 +1390,76 @@ def test_episode_seeds_do_not_overlap() -> None:
     assert len(set().union(*runs)) == 6 * 320
     assert all(ppo_vec.TRAINING_SEEDS <= s < 2**32 for run in runs for s in run)  # what env.reset() accepts
     assert episode_seed(1, 2, 3) == episode_seed(1, 2, 3)
-    courses = {episode_seed(1, env, k, course) for env in range(16) for k in range(20) for course in range(4)}
-    assert len(courses) == 1280
-    assert {episode_seed(1, env, k) for env in range(16) for k in range(20)} <= courses
+
+
+def practice_columns(args: Args, rollouts: int, break_at: int | None = None) -> tuple[dict[str, np.ndarray], Any]:
+    """What `rollouts` with a policy of large actions give, in columns; all is saved, and loaded by others, at one."""
+    parts, episodes, saved = [], [], None
+
+    def collect(t: Trainer) -> None:
+        episodes.extend(t.collect())
+        arrays = {k: v.clone().numpy() for k, v in vars(t.rollout).items()}
+        begun = np.where(arrays["valid"][..., None], 0, t.envs.data.begun)  # means nothing in other rows
+        parts.append({k: v[: args.num_steps] for k, v in arrays.items()} | {"begun": begun})
+
+    with trainer(args) as t:
+        for _ in range(rollouts if break_at is None else break_at):
+            collect(t)
+        t.state.log_sizes = {"events": 0, "episodes": 0}  # as after Run's first save
+        saved, state = ppo_vec.encode(t.state.state_dict()), t.state.envs
+    if break_at is not None:
+        with trainer(args, ppo_vec.decode(saved)) as t:
+            for _ in range(rollouts - break_at):
+                collect(t)
+            state = t.state.envs
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, (episodes, state)
+
+
+PRACTICE = {"seed": 3, "num_envs": 3, "num_workers": 2, "num_steps": 120, "practice": 0.5, "initial_std": 2.0}
 
 
 @processes
-@pytest.mark.parametrize("fast_walker", [True, False])
-def test_steepest_of_trains_on_the_steepest_course_and_evaluates_on_any(fast_walker: bool) -> None:
-    args = make_args(num_envs=3, num_workers=2, num_steps=200, steepest_of=4, initial_std=3.0, fast_walker=fast_walker)
+def test_practice_goes_back_to_places_before_falls() -> None:
+    data, (episodes, state) = practice_columns(make_args(**PRACTICE), 20)
+    kept, practised = {}, []
+    for i in range(3):
+        steps = np.zeros(2)  # of whole courses, of practice
+        starts = [0, *(1 + np.flatnonzero(~data["valid"][:, i]))]
+        for row, end in itertools.pairwise([*starts, None]):
+            length, ret, practising = data["begun"][row - 1, i] if row else (0, 0, 0)
+            rows = slice(row, end if end is None else end - 1)
+            if steps[1]:  # there is something to practise
+                assert practising == (steps[1] < 0.5 * steps.sum())
+            assert np.array_equal(data["progress"][row, i], np.array([length, ret], np.float32))
+            for k, obs in enumerate(data["obs"][rows, i]):
+                if not practising:
+                    kept[obs.tobytes()] = i, k, data["progress"][row + k, i, 1], row
+            if practising:
+                began, whole_length, whole_ret, whole_row = kept[data["obs"][row, i].tobytes()]  # on a whole course
+                assert (began, whole_length) == (i, length)
+                assert whole_ret == np.float32(ret)
+                assert length % 5 == 0
+                fell_after = np.flatnonzero(~data["valid"][whole_row:, i])[0]  # steps of that course
+                assert 40 <= fell_after - length <= 140
+                taken = data["valid"][rows, i].sum()
+                assert taken <= fell_after + 60 - length
+                if end is not None:
+                    practised.append(data["truncated"][end - 2, i])
+                    assert practised[-1] == (taken == fell_after + 60 - length)
+            if end is not None:
+                steps[int(practising)] += data["valid"][rows, i].sum()
+        assert state.practice_steps[i].tolist() == steps.tolist()
+    assert 0 < sum(practised) < len(practised)  # some passed the place of the fall
+    assert sum(e.practice for e in episodes) == len(practised)
 
-    def first_obs(env: int, episode: int) -> np.ndarray:
-        courses = []
-        for course in range(4):
-            walker = gym.make(WALKER)
-            obs = walker.reset(seed=episode_seed(args.seed, env, episode, course))[0]
-            y = walker.unwrapped.terrain_y
-            courses.append((max(abs(b - a) for a, b in zip(y, y[4:])), obs))
-        assert len({steep for steep, _ in courses}) == 4
-        return max(courses, key=lambda pair: pair[0])[1]
 
-    with trainer(args) as t:
-        t.collect()
-        later = 0
-        for env in range(3):
-            starts = [0, *(1 + (~t.rollout.valid[:, env]).nonzero().flatten()).tolist()]
-            for episode, row in enumerate(starts):
-                assert np.array_equal(t.rollout.obs[row, env].numpy(), first_obs(env, episode)), (env, episode)
-                later += episode > 0
-        assert later > 0
-        policy = t.state.agent.policy_arrays()
-        seeds = list(range(8))
-        evaluated = t.envs.evaluate(policy, seeds, as_published=False)
-        assert evaluated == t.envs.evaluate(policy, seeds, as_published=True)
+@processes
+def test_practice_does_not_depend_on_workers_walker_or_interruption() -> None:
+    expected, _ = practice_columns(make_args(**PRACTICE), 8)
+    assert (expected["begun"][..., 2] > 0).sum() > 5
+    for changed, break_at in (({"num_workers": 3}, None), ({"fast_walker": False}, None), ({}, 5), ({}, 6)):
+        got, _ = practice_columns(make_args(**{**PRACTICE, **changed}), 8, break_at)
+        assert_same(expected, got)
 
 
 def test_seed_ranges_do_not_meet() -> None:

@@ -244,9 +244,10 @@ POSITIVE = (
 # What beats the defaults above, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "num_steps": 128, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.99, "gae_lambda": 0.85,
-        "fall_reward": -1.0, "final_fall_reward": -20.0, "initial_std": 0.5, "actor_hidden_sizes": (128, 128),
-        "critic_hidden_sizes": (128, 128),
+        "practice": 0.3, "num_steps": 128, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995,
+        "gae_lambda": 0.85, "ent_coef": 0.0025, "bounds_loss_coef": 0.01, "fall_reward": -1.0,
+        "final_fall_reward": -20.0, "action_cost": 0.2, "initial_std": 0.5, "critic_progress": True,
+        "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {
         "num_steps": 320, "learning_rate": 3e-4, "critic_learning_rate": 1e-3, "num_minibatches": 40,
@@ -718,7 +719,7 @@ def scheduled(args: Args, global_step: int) -> Args:
     """The arguments of the iteration that starts at `global_step`.
 
     Learning rates and entropy bonus fall linearly; discount and the price of a fall change in equal ratios; the action
-    cost grows linearly over the first half.
+    cost grows with the square of the steps over the first half.
 
     The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
     nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at
@@ -741,7 +742,7 @@ def scheduled(args: Args, global_step: int) -> Args:
         ent_coef=left * args.ent_coef,
         gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
         fall_reward=fall if final_fall is None else -geometric(-fall, -final_fall),
-        action_cost=min(1, 2 * progress) * args.action_cost,
+        action_cost=min(1, 2 * progress) ** 2 * args.action_cost,
     )
 
 
@@ -1101,7 +1102,7 @@ class RolloutData:
             "terminated": allocate(T, N, dtype=np.bool_),
             "truncated": allocate(T, N, dtype=np.bool_),
             "restarted": allocate(N, dtype=np.bool_),  # a new episode began before row 0
-            "begun": allocate(T, N, 3, dtype=np.float64),  # in rows that reset: Practice.begun of the new episode
+            "begun": allocate(T, N, 3, dtype=np.float64),  # in rows that reset: the new episode's Practice.begun
             "places": allocate(N, 1 + PRACTICE_FALLS, dtype=PLACE),
             "practice_steps": allocate(N, 2, dtype=np.int64),
             "beats": allocate(num_workers, dtype=np.int64),  # counts each worker's steps
@@ -1160,14 +1161,14 @@ class Block(gym.Env):
                 resets = np.flatnonzero(self.done)
                 obs, rewards, terminated, truncated = self.step(data.actions[t, columns])
                 for i in resets:
-                    data.begun[t, self.start + i] = self.practice.begun(i)
+                    data.begun[t, self.start + i] = self.practices[i].begun
                 data.obs[t + 1, columns] = obs
                 data.rewards[t, columns] = rewards
                 data.terminated[t, columns] = terminated
                 data.truncated[t, columns] = truncated
                 data.beats[self.index] += 1
             self.obs = obs
-            data.places[columns], data.practice_steps[columns] = self.practice.places, self.practice.steps
+            data.places[columns], data.practice_steps[columns] = self.places, self.practice_steps
         except Exception:
             return traceback.format_exc()
 
@@ -1181,7 +1182,7 @@ class Block(gym.Env):
             result = np.empty((k, self.task.obs_dim), np.float32), np.zeros(k, np.float32), *np.zeros((2, k), bool)
             for i in np.flatnonzero(self.done):
                 episode = int(self.episode[i]) + 1
-                result[0][i] = self.begin_episode(i, episode, self.practice.choose(i, episode))
+                result[0][i] = self.begin_episode(i, episode, self.practices[i].choose(episode))
             running = np.flatnonzero(~self.done)
             if len(running):
                 for into, row in zip(result, self.step_some(running, actions[running])):
@@ -1195,15 +1196,15 @@ class Block(gym.Env):
         """One step of the running episodes of environments `some`, with their rows of env-ready actions."""
         result = step_envs([self.envs[i] for i in some], actions)
         if self.task.practice:
-            for row, i in enumerate(some):
-                self.practice.after_step(i, self.envs[i], *(column[row : row + 1] for column in result))
+            for row, (i, obs, *step) in enumerate(zip(some, result[0], *(column.tolist() for column in result[1:]))):
+                result[3][row] = self.practices[i].after_step(obs, *step)
         return result
 
     def begin_episode(self, i: int, episode: int, place: np.void | None) -> np.ndarray:
         """Begins the episode of this number in environment i, on a course of its own or at a place to practise."""
         self.episode[i] = episode
         seed = episode_seed(self.task.seed, self.start + i, episode)
-        return self.practice.begin(i, self.envs[i], seed, place)
+        return self.practices[i].begin(seed, place)
 
     def restore(self) -> None:
         """On the first call: brings every environment to where the last complete rollout left it."""
@@ -1215,11 +1216,14 @@ class Block(gym.Env):
         self.episode = state.episode[columns].copy()
         self.data.restarted[columns] = False
         self.envs = [self.task.make_env() for _ in range(self.start, self.stop)]
-        self.practice = Practice(self.task.practice, state, columns)
+        self.places, self.practice_steps = state.places[columns].copy(), state.practice_steps[columns].copy()
+        rows = zip(self.envs, self.places, self.practice_steps)
+        self.practices = [Practice(self.task.practice, *row) for row in rows]
         for i in range(len(self.envs)):
             if self.done[i]:
                 continue
-            obs, running = self.begin_episode(i, int(self.episode[i]), self.practice.began_at(i)), True
+            place = self.places[i, 0].copy()
+            obs, running = self.begin_episode(i, int(self.episode[i]), place if place["seed"] else None), True
             for action in (a for chunk in state.actions[self.start + i] for a in chunk):
                 rows, _, terminated, truncated = self.step_some([i], self.policy.env_action(action[None]))
                 obs, running = rows[0], not (terminated[0] or truncated[0])
@@ -1268,71 +1272,58 @@ PLACE = np.dtype(
 
 
 class Practice:
-    """Sends the walkers of a block back to where they fell, for a share of their steps (--practice).
+    """Sends one walker back to where it fell, for a share of its steps (--practice).
 
     A walker that falls on one course in ten learns nothing about it in most of its steps. So it practises: an episode
-    begins shortly before one of the last falls of its environment, on that course, at that place and speed, and is cut
-    off shortly after the place of the fall. To PPO it is an episode like another (truncated, so bootstrapped). It
-    has the length and return of the one that fell so far, for --critic-progress. The idea of starting from
-    states on the way: Salimans & Chen 2018, arXiv 1812.03381.
+    begins shortly before one of its last falls, on that course, in the same place and at the same speed, and is cut off
+    shortly after the place of the fall. To PPO it is a truncated episode like others. It has the length and the return
+    that the one that fell had there, for --critic-progress. Starting from states on the way is an idea of Salimans &
+    Chen 2018 (arXiv 1812.03381), for demonstrations.
     """
 
-    def __init__(self, share: float, state: EnvState, columns: slice) -> None:
-        self.share = share
-        self.places = state.places[columns].copy()  # (k, 1 + falls): where the episode began; where to practise
-        self.steps = state.practice_steps[columns].copy()  # (k, 2), of episodes that ended: whole courses, practice
-        self.lengths, self.returns = [0] * len(self.places), [0.0] * len(self.places)
-        self.seeds = [0] * len(self.places)
-        self.recent = [deque(maxlen=PRACTICE_BEFORE[1] // PRACTICE_EVERY) for _ in self.places]
+    def __init__(self, share: float, env: gym.Env, places: np.ndarray, steps: np.ndarray) -> None:
+        self.share, self.env = share, env
+        self.places = places  # (1 + PRACTICE_FALLS,): where the running episode began; shortly before the last falls
+        self.steps = steps  # (2,): of whole courses and of practice, in episodes that have ended
+        self.recent: deque[tuple] = deque(maxlen=PRACTICE_BEFORE[1] // PRACTICE_EVERY)  # places of a whole course
 
-    def choose(self, i: int, episode: int) -> np.void | None:
-        """The place to begin this episode at, or None for the start of a new course."""
-        falls = self.places[i, 1:]
-        falls = falls[falls["seed"] > 0]
-        if len(falls) and self.steps[i, 1] < self.share * self.steps[i].sum():
+    def choose(self, episode: int) -> np.void | None:
+        """The place to begin the episode of this number at, or None for the start of a new course."""
+        falls = self.places[1:][self.places["seed"][1:] > 0]
+        if len(falls) and self.steps[1] < self.share * self.steps.sum():
             return falls[episode % len(falls)]
         return None
 
-    def began_at(self, i: int) -> np.void | None:
-        """The place that the running episode began at."""
-        place = self.places[i, 0]
-        return place.copy() if place["seed"] else None
-
-    def begin(self, i: int, env: gym.Env, seed: int, place: np.void | None) -> np.ndarray:
-        """Resets `env` to the course of this seed, or puts it back to `place`. Returns the first observation."""
-        self.places[i, 0] = np.zeros((), PLACE) if place is None else place
-        self.seeds[i], self.lengths[i], self.returns[i] = seed, *self.begun(i)[:2]
-        self.recent[i].clear()
+    def begin(self, seed: int, place: np.void | None) -> np.ndarray:
+        """Resets the walker to the course of this seed, or puts it back to `place`. Returns the first observation."""
+        self.recent.clear()
+        self.places[0] = np.zeros((), PLACE) if place is None else place
+        _, length, ret, self.last, *_ = self.places[0].item()
+        self.seed, self.length, self.ret, self.practising = seed, length, ret, place is not None
+        self.begun = length, ret, self.practising
         if place is None:
-            return reset_env(env, seed)
-        reset_env(env, int(place["seed"]))
-        put_back(env, place["walker"])
+            return reset_env(self.env, seed)
+        reset_env(self.env, int(place["seed"]))
+        put_back(self.env, place["walker"])
         return place["obs"]
 
-    def begun(self, i: int) -> tuple[int, float, bool]:
-        """Length and return with which the running episode began, and whether it is practice."""
-        place = self.places[i, 0]
-        return int(place["length"]), float(place["ret"]), bool(place["seed"])
-
-    def after_step(
-        self, i: int, env: gym.Env, obs: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
-    ) -> None:
-        """Takes note of a step of environment i, given as rows (1, ...) of its results; may set `truncated`."""
-        self.lengths[i] += 1
-        self.returns[i] += float(reward[0])
-        length, (begun, _, practising) = self.lengths[i], self.begun(i)
-        if practising:
-            truncated |= length >= self.places[i, 0]["last"]
-        elif terminated[0] and reward[0] <= FALL:
-            near = [place for place in self.recent[i] if length - place[1] >= PRACTICE_BEFORE[0]]
-            if near:
-                self.places[i, 1:-1] = self.places[i, 2:].copy()
-                self.places[i, -1] = near[length % len(near)]  # as good as at random
-                self.places[i, -1]["last"] = length + PRACTICE_BEYOND
-        elif length % PRACTICE_EVERY == 0:
-            self.recent[i].append((self.seeds[i], length, self.returns[i], 0, walker_state(env), obs[0].copy()))
-        if terminated[0] or truncated[0]:
-            self.steps[i, int(practising)] += length - begun
+    def after_step(self, obs: np.ndarray, reward: float, terminated: bool, truncated: bool) -> bool:
+        """Takes note of what a step returned. Returns `truncated`, or true where practice ends."""
+        self.length += 1
+        self.ret += reward
+        if self.practising:
+            truncated |= self.length >= self.last
+        elif terminated and reward <= FALL:
+            before = [place for place in self.recent if self.length - place[1] >= PRACTICE_BEFORE[0]]
+            if before:
+                self.places[1:-1] = self.places[2:].copy()
+                self.places[-1] = before[self.length % len(before)]  # as good as at random
+                self.places[-1]["last"] = self.length + PRACTICE_BEYOND
+        elif self.length % PRACTICE_EVERY == 0:
+            self.recent.append((self.seed, self.length, self.ret, 0, walker_state(self.env), obs.copy()))
+        if terminated or truncated:
+            self.steps[int(self.practising)] += self.length - self.begun[0]
+        return truncated
 
 
 def end_with(trainer: int) -> None:

@@ -35,10 +35,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "default": "--num-envs 16 --cuda",
     "default-2m": "--num-envs 16 --cuda --total-timesteps 2000000",
-    "cheap-2m": "--num-envs 16 --cuda --total-timesteps 2000000 --action-cost 0.125 --ent-coef 0.0025 "
-    "--critic-progress --final-gamma 0.997 --bounds-loss-coef 0.01",
-    "steep-2m": "--num-envs 16 --cuda --total-timesteps 2000000 --steepest-of 4 --action-cost 0.2 --ent-coef 0.0025 "
-    "--critic-progress --final-gamma 0.997 --bounds-loss-coef 0.01",
     "lander": "--env-id LunarLanderContinuous-v3",
     "hardcore": "--env-id BipedalWalkerHardcore-v3",
     # The two systems of the README's last section.
@@ -49,14 +45,12 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "--initial-std 1 --learning-rate 3.5e-4",
     "sb3-zoo": "",  # benchmarks/sb3_zoo.py: Stable-Baselines3 with the hyperparameters of rl-baselines3-zoo
     # Ablations: the default without one ingredient.
+    "no-practice": "--num-envs 16 --practice 0",
+    "no-action-cost": "--num-envs 16 --action-cost 0",
     "natural-price": "--num-envs 16 --fall-reward None --final-fall-reward None",
-    "full-price": "--num-envs 16 --fall-reward -20",
+    "no-critic-progress": "--num-envs 16 --no-critic-progress",
+    "no-bounds-loss": "--num-envs 16 --bounds-loss-coef 0",
     "std-1": "--num-envs 16 --initial-std 1",
-    "gamma-0.98": "--num-envs 16 --final-gamma 0.98",
-    "gamma-0.99": "--num-envs 16 --gamma 0.99",
-    "lambda-0.95": "--num-envs 16 --gae-lambda 0.95",
-    "steps-256": "--num-envs 16 --num-steps 256",
-    "no-anneal": "--num-envs 16 --no-anneal-lr",
 }
 
 

@@ -1024,7 +1024,7 @@ def test_what_else_changes_over_a_run_by_hand() -> None:
     start = scheduled(args, 0)
     assert (start.gamma, start.fall_reward) == pytest.approx((0.96, -0.1))
     costs = [scheduled(dataclasses.replace(args, action_cost=0.4), step).action_cost for step in (0, 250, 500, 1000)]
-    assert costs == pytest.approx([0, 0.2, 0.4, 0.4])
+    assert costs == pytest.approx([0, 0.1, 0.4, 0.4])
     constant = make_args(total_timesteps=1000, gamma=0.96)
     assert (scheduled(constant, 500).gamma, scheduled(constant, 500).fall_reward) == (0.96, None)
     constant = make_args(total_timesteps=1000, fall_reward=-0.1)

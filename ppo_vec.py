@@ -1541,9 +1541,7 @@ def put_back(env: gym.Env, state: np.ndarray) -> None:
     for body, (x, y, angle, vx, vy, spin) in zip((walker.hull, *walker.legs), state[3:].reshape(5, 6).tolist()):
         body.transform = (x, y), angle
         body.linearVelocity, body.angularVelocity = (vx, vy), spin
-    listener, walker.world.contactListener = walker.world.contactListener, None
-    walker.world.Step(0.0, 0, 0)  # no time passes, but contacts there become old ones, and those of the reset end
-    walker.world.contactListener = listener
+    walker.world.Step(0.0, 0, 0)  # no time passes, but the contacts of the reset end, and those of the place begin
     walker.prev_shaping = float(state[0])
     walker.legs[1].ground_contact, walker.legs[3].ground_contact = map(bool, state[1:3])
 

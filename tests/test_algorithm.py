@@ -1462,6 +1462,40 @@ def test_practice_does_not_depend_on_workers_walker_or_interruption() -> None:
         assert_same(expected, got)
 
 
+def test_the_last_falls_are_the_ones_to_practise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo_vec, "reset_env", lambda env, seed: np.zeros(24, np.float32))
+    monkeypatch.setattr(ppo_vec, "walker_state", lambda env: np.zeros(33))
+    practice = ppo_vec.Practice(0.5, None, np.zeros(5, ppo_vec.PLACE), np.zeros(2, int))
+    for episode, length in enumerate((44, 45, 100, 200, 300, 250), start=1):
+        assert practice.begin(1000 + episode, None).tolist() == [0] * 24
+        for step in range(1, length + 1):
+            assert not practice.after_step(np.full(24, step), -100 if step == length else 1, step == length, False)
+    falls = practice.places[1:]
+    assert falls["seed"].tolist() == [1003, 1004, 1005, 1006]  # after 44 steps there was no place 40 steps before
+    assert falls["last"].tolist() == [160, 260, 360, 310]
+    assert practice.steps.tolist() == [44 + 45 + 100 + 200 + 300 + 250, 0]
+    assert [practice.choose(episode)["seed"] for episode in range(5)] == [1003, 1004, 1005, 1006, 1003]
+    for place in falls:
+        assert 40 <= place["last"] - 60 - place["length"] <= 140
+        assert place["ret"] == place["length"] == place["obs"][0]
+    practice.steps[1] = practice.steps[0]
+    assert practice.choose(0) is None
+
+
+@processes
+def test_practice_is_not_among_the_logged_episodes(
+    tmp_path: Path, no_evaluation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected: list[Episode] = []
+    monkeypatch.setattr(ppo_vec, "collect", lambda *args: collected.extend(new := collect(*args)) or new)
+    folder, checkpoint = run_train(tmp_path, **PRACTICE, total_timesteps=3000)
+    whole = [e for e in collected if not e.practice]
+    assert len(whole) < len(collected)
+    rows = [line.split(",") for line in (folder / "episodes.csv").read_text().splitlines()[1:]]
+    assert [(int(r[0]), float(r[2]), int(r[3])) for r in rows] == [(e.global_step, e.ret, e.length) for e in whole]
+    assert len(checkpoint["recent"]) == len(whole)
+
+
 def test_seed_ranges_do_not_meet() -> None:
     million = 10**6
     assert ppo_vec.TEST_SEEDS >= 0

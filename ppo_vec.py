@@ -802,7 +802,7 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     state.reward_scaler.returns[data.restarted] = 0.0  # could not be replayed: a new episode
     valid, progress, episodes = state.envs.advance(data, state.global_step)
     state.global_step += int(valid.sum())
-    state.episode_count += len(episodes)
+    state.episode_count += sum(not episode.practice for episode in episodes)
     effort = np.abs(data.actions).clip(max=1).sum(-1)
     rewards = data.rewards - np.float32(args.action_cost) * effort
     state.reward_scaler.update(rewards, valid, args.gamma)

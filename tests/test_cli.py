@@ -339,7 +339,8 @@ TAGS = (
     "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS", "losses/policy_loss",
     "losses/value_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
     "losses/explained_variance", "time/rollout_s", "time/update_s", "charts/SPS_rollout", "charts/SPS_total",
-    "charts/eval_return", "charts/valid_fraction", "charts/action_std", "charts/fall_rate", "losses/grad_norm",
+    "charts/eval_return", "charts/valid_fraction", "charts/action_std", "charts/fall_rate", "charts/practice_fall_rate",
+    "losses/grad_norm",
 )  # fmt: skip
 
 

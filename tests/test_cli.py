@@ -376,12 +376,15 @@ def test_episodes_csv(trained: Path) -> None:
     assert times == sorted(times)
     tree = ppo_vec.decode((trained / "checkpoint.pt").read_bytes())
     assert tree["episode_count"] == len(rows)
+    envs = {k: v.numpy() for k, v in tree["envs"].items() if k not in ("actions", "started")}
+    begun = envs["places"].view(ppo_vec.PLACE)["length"][:, 0]
+    assert envs["practice_steps"][:, 1].sum() > 0
     for env in range(4):
         lengths = [int(row["length"]) for row in rows if int(row["env"]) == env]
         assert all(1 <= length <= 1600 for length in lengths)
-        taken = sum(lengths) + tree["envs"]["lengths"][env].item()  # with those of the episode under way
-        resets = len(lengths) - tree["envs"]["done"][env].item()
-        assert taken == tree["iteration"] * 64 - resets
+        assert sum(lengths) == envs["practice_steps"][env, 0]
+        running = 0 if envs["done"][env] else envs["lengths"][env] - begun[env]
+        assert envs["practice_steps"][env].sum() + running == tree["iteration"] * 64 - envs["episode"][env]
 
 
 def test_best_is_the_best(trained: Path) -> None:

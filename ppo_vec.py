@@ -195,7 +195,7 @@ class Args:
             value, flag = getattr(self, f.name), "--" + f.name.replace("_", "-")
             if isinstance(value, float):
                 check(math.isfinite(value), f"{flag} must be a finite number, not {value}")
-            if f.name.startswith("num_") or f.name in COUNTS:
+            if f.name.startswith("num_") or f.name in ("total_timesteps", "update_epochs", "eval_episodes"):
                 check(value is None or value >= 1, f"{flag} must be at least 1, not {value}")
             if f.name in POSITIVE:
                 check(value is None or value > 0, f"{flag} must be greater than 0, not {value}")
@@ -236,7 +236,6 @@ class Args:
             check(plain, f"{flag} {name!r} must be a plain folder name")
 
 
-COUNTS = ("total_timesteps", "update_epochs", "eval_episodes")  # beside num_*
 POSITIVE = (
     "learning_rate", "critic_learning_rate", "clip_coef", "max_grad_norm", "target_kl", "worker_timeout", "initial_std",
 )  # fmt: skip
@@ -893,7 +892,8 @@ TEST_SEEDS, SELECTION_SEEDS, TRAINING_SEEDS = 0, 2**30, 2**31
 
 def episode_seed(seed: int, env: int, episode: int) -> int:
     """The reset seed of a training episode: with its actions, all that it takes to have the episode again."""
-    return TRAINING_SEEDS | int(np.random.SeedSequence(seed, spawn_key=(0, env, episode)).generate_state(1)[0])
+    sequence = np.random.SeedSequence(seed, spawn_key=(0, env, episode))
+    return TRAINING_SEEDS | int(sequence.generate_state(1)[0])
 
 
 @dataclass(frozen=True)
@@ -1022,7 +1022,6 @@ class EnvState:
         self.done = np.zeros(num_envs, bool)  # that observation is an episode's last; the next step resets
         self.returns = np.zeros(num_envs)  # of the running episode
         self.lengths = np.zeros(num_envs, np.int64)
-        self.practising = np.zeros(num_envs, bool)
         self.places = np.zeros((num_envs, 1 + PRACTICE_FALLS), PLACE)  # as Practice has them
         self.practice_steps = np.zeros((num_envs, 2), np.int64)
         self.started = False
@@ -1037,10 +1036,10 @@ class EnvState:
         valid = ~np.vstack((self.done[None], done[:-1]))
         restarted = data.restarted & self.started  # could not be replayed: a new episode began at row 0
         self.episode[restarted] += 1
-        self.lengths[restarted] = self.returns[restarted] = self.practising[restarted] = 0
+        self.lengths[restarted] = self.returns[restarted] = self.places["seed"][restarted, 0] = 0
         gains = np.stack((valid, data.rewards, np.zeros_like(valid)), -1)
         gains = np.where(valid[..., None], gains, data.begun)
-        running = np.stack((self.lengths, self.returns, self.practising), -1)
+        running = np.stack((self.lengths, self.returns, self.places["seed"][:, 0] > 0), -1)
         progress = running_sums(running, gains, valid[..., None])
         steps = global_step + valid.sum(1).cumsum()
         episodes = []
@@ -1055,7 +1054,7 @@ class EnvState:
                 self.actions[i] = []
             self.actions[i].append(data.actions[resets[-1] + 1 if len(resets) else 0 :, i].copy())
         self.obs, self.done = data.obs[-1].copy(), done[-1].copy()
-        self.lengths[:], self.returns[:], self.practising[:] = np.where(self.done, 0, progress[-1].T)
+        self.lengths[:], self.returns[:] = np.where(self.done, 0, progress[-1, :, :2].T)
         self.places[...], self.practice_steps[...] = data.places, data.practice_steps
         self.started = True
         return valid, progress[..., :2], episodes
@@ -1181,7 +1180,7 @@ class Block(gym.Env):
             k = len(self.envs)
             result = np.empty((k, self.task.obs_dim), np.float32), np.zeros(k, np.float32), *np.zeros((2, k), bool)
             for i in np.flatnonzero(self.done):
-                episode = int(self.episode[i]) + 1
+                episode = self.episode[i] + 1
                 result[0][i] = self.begin_episode(i, episode, self.practices[i].choose(episode))
             running = np.flatnonzero(~self.done)
             if len(running):
@@ -1203,7 +1202,7 @@ class Block(gym.Env):
     def begin_episode(self, i: int, episode: int, place: np.void | None) -> np.ndarray:
         """Begins the episode of this number in environment i, on a course of its own or at a place to practise."""
         self.episode[i] = episode
-        seed = episode_seed(self.task.seed, self.start + i, episode)
+        seed = episode_seed(self.task.seed, self.start + i, int(episode))
         return self.practices[i].begin(seed, place)
 
     def restore(self) -> None:
@@ -1223,7 +1222,7 @@ class Block(gym.Env):
             if self.done[i]:
                 continue
             place = self.places[i, 0].copy()
-            obs, running = self.begin_episode(i, int(self.episode[i]), place if place["seed"] else None), True
+            obs, running = self.begin_episode(i, self.episode[i], place if place["seed"] else None), True
             for action in (a for chunk in state.actions[self.start + i] for a in chunk):
                 rows, _, terminated, truncated = self.step_some([i], self.policy.env_action(action[None]))
                 obs, running = rows[0], not (terminated[0] or truncated[0])
@@ -1232,7 +1231,7 @@ class Block(gym.Env):
                     break
             if state.started and not (running and np.array_equal(obs, self.obs[i])):
                 self.data.restarted[self.start + i] = True
-                obs = self.begin_episode(i, int(self.episode[i]) + 1, None)
+                obs = self.begin_episode(i, self.episode[i] + 1, None)
             self.obs[i] = obs
 
     def evaluate(self, seeds: list[int], workers: int, as_published: bool) -> list[tuple[int, float, int]] | str:

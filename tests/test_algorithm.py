@@ -1462,6 +1462,30 @@ def test_practice_does_not_depend_on_workers_walker_or_interruption() -> None:
         assert_same(expected, got)
 
 
+@pytest.mark.parametrize(("field", "value"), [("seed", -1), ("seed", 2**32), ("ret", math.inf), ("walker", math.nan)])
+def test_places_that_no_walker_can_be_put_to_are_refused(field: str, value: float) -> None:
+    args = make_args(num_envs=3)
+    state, task = EnvState(3, 24), Task.of(args)
+    state.places["seed"][1, 2] = 5
+    saved = {**State(args, task, CPU).state_dict(), "log_sizes": {"events": 0, "episodes": 0}}
+    State(args, task, CPU).load({**saved, "envs": state.state_dict()})
+    state.places[field][1, 2] = value
+    with pytest.raises(ppo_vec.UserError, match="places to practise"):
+        State(args, task, CPU).load({**saved, "envs": state.state_dict()})
+
+
+def test_an_episode_is_practice_over_rollouts_until_it_ends_or_cannot_be_replayed() -> None:
+    zeros = np.zeros((3, 2), np.float32)
+    ends = zeros[::-1] + np.array([[0], [1], [0]]) > 0
+    for restarted in (False, True):
+        state, data = EnvState(2, 24), rollout_data(
+            obs=np.zeros((4, 2, 24), np.float32), actions=zeros[..., None], rewards=zeros, terminated=ends,
+            truncated=zeros > 0,
+        )  # fmt: skip
+        state.started, data.restarted[1], state.places["seed"][1, 0] = True, restarted, 7
+        assert [e.practice for e in state.advance(data, 0)[2]] == [False, not restarted]
+
+
 def test_the_last_falls_are_the_ones_to_practise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppo_vec, "reset_env", lambda env, seed: np.zeros(24, np.float32))
     monkeypatch.setattr(ppo_vec, "walker_state", lambda env: np.zeros(33))

@@ -996,6 +996,79 @@ def step_envs(envs: Sequence[gym.Env], actions: np.ndarray) -> tuple[np.ndarray,
     return obs, np.array(rewards, np.float32), np.array(terminated, bool), np.array(truncated, bool)
 
 
+PRACTICE_FALLS = 4  # of each environment: the last ones
+PRACTICE_BEFORE = (40, 140)  # steps before a fall: where practice begins
+PRACTICE_BEYOND = 60  # steps after it: where practice ends
+PRACTICE_EVERY = 5  # steps from one place that is kept to the next
+
+# A place that a walker can be put back to.
+PLACE = np.dtype(
+    [
+        ("seed", np.int64),  # of the course; 0 where there is no place
+        ("length", np.int64),  # of the episode so far
+        ("ret", np.float64),
+        ("last", np.int64),  # the length at which practice is cut off
+        ("walker", np.float64, 33),  # walker_state
+        ("obs", np.float32, 24),
+    ]
+)
+
+
+class Practice:
+    """Sends one walker back to where it fell, for a share of its steps (--practice).
+
+    A walker that falls on one course in ten learns nothing about it in most of its steps. So it practises: an episode
+    begins shortly before one of its last falls, on that course, in the same place and at the same speed, and is cut off
+    shortly after the place of the fall. To PPO it is a truncated episode like others. It has the length and the return
+    that the one that fell had there, for --critic-progress. Starting from states on the way is an idea of Salimans &
+    Chen 2018 (arXiv 1812.03381), for demonstrations.
+    """
+
+    def __init__(self, share: float, env: gym.Env, places: np.ndarray, steps: np.ndarray) -> None:
+        self.share, self.env = share, env
+        self.places = places  # (1 + PRACTICE_FALLS,): where the running episode began; shortly before the last falls
+        self.steps = steps  # (2,): of whole courses and of practice, in episodes that have ended
+        self.recent: deque[tuple] = deque(maxlen=PRACTICE_BEFORE[1] // PRACTICE_EVERY)  # places of a whole course
+
+    def choose(self, episode: int) -> np.void | None:
+        """The place to begin the episode of this number at, or None for the start of a new course."""
+        falls = self.places[1:][self.places["seed"][1:] > 0]
+        if len(falls) and self.steps[1] < self.share * self.steps.sum():
+            return falls[episode % len(falls)]
+        return None
+
+    def begin(self, seed: int, place: np.void | None) -> np.ndarray:
+        """Resets the walker to the course of this seed, or puts it back to `place`. Returns the first observation."""
+        self.recent.clear()
+        self.places[0] = np.zeros((), PLACE) if place is None else place
+        _, length, ret, self.last, *_ = self.places[0].item()
+        self.seed, self.length, self.ret, self.practising = seed, length, ret, place is not None
+        self.begun = length, ret, self.practising
+        if place is None:
+            return reset_env(self.env, seed)
+        reset_env(self.env, int(place["seed"]))
+        put_back(self.env, place["walker"])
+        return place["obs"]
+
+    def after_step(self, obs: np.ndarray, reward: float, terminated: bool, truncated: bool) -> bool:
+        """Takes note of what a step returned. Returns `truncated`, or true where practice ends."""
+        self.length += 1
+        self.ret += reward
+        if self.practising:
+            truncated |= self.length >= self.last
+        elif terminated and reward <= FALL:
+            before = [place for place in self.recent if self.length - place[1] >= PRACTICE_BEFORE[0]]
+            if before:
+                self.places[1:-1] = self.places[2:].copy()
+                self.places[-1] = before[self.length % len(before)]  # as good as at random
+                self.places[-1]["last"] = self.length + PRACTICE_BEYOND
+        elif self.length % PRACTICE_EVERY == 0:
+            self.recent.append((self.seed, self.length, self.ret, 0, walker_state(self.env), obs.copy()))
+        if terminated or truncated:
+            self.steps[int(self.practising)] += self.length - self.begun[0]
+        return truncated
+
+
 @dataclass
 class Episode:
     """An episode that has ended; if it is no practice, one row of episodes.csv."""
@@ -1037,6 +1110,7 @@ class EnvState:
         restarted = data.restarted & self.started  # could not be replayed: a new episode began at row 0
         self.episode[restarted] += 1
         self.lengths[restarted] = self.returns[restarted] = self.places["seed"][restarted, 0] = 0
+        # Length, return and whether it is practice: a step adds to them, a row that resets sets them anew.
         gains = np.stack((valid, data.rewards, np.zeros_like(valid)), -1)
         gains = np.where(valid[..., None], gains, data.begun)
         running = np.stack((self.lengths, self.returns, self.places["seed"][:, 0] > 0), -1)
@@ -1250,79 +1324,6 @@ class Block(gym.Env):
             return [(i, *episode) for i, episode in zip(mine, episodes)]
         except Exception:
             return traceback.format_exc()
-
-
-PRACTICE_FALLS = 4  # of each environment: the last ones
-PRACTICE_BEFORE = (40, 140)  # steps before a fall: where practice begins
-PRACTICE_BEYOND = 60  # steps after it: where practice ends
-PRACTICE_EVERY = 5  # steps from one place that is kept to the next
-
-# A place that a walker can be put back to.
-PLACE = np.dtype(
-    [
-        ("seed", np.int64),  # of the course; 0 where there is no place
-        ("length", np.int64),  # of the episode so far
-        ("ret", np.float64),
-        ("last", np.int64),  # the length at which practice is cut off
-        ("walker", np.float64, 33),  # walker_state
-        ("obs", np.float32, 24),
-    ]
-)
-
-
-class Practice:
-    """Sends one walker back to where it fell, for a share of its steps (--practice).
-
-    A walker that falls on one course in ten learns nothing about it in most of its steps. So it practises: an episode
-    begins shortly before one of its last falls, on that course, in the same place and at the same speed, and is cut off
-    shortly after the place of the fall. To PPO it is a truncated episode like others. It has the length and the return
-    that the one that fell had there, for --critic-progress. Starting from states on the way is an idea of Salimans &
-    Chen 2018 (arXiv 1812.03381), for demonstrations.
-    """
-
-    def __init__(self, share: float, env: gym.Env, places: np.ndarray, steps: np.ndarray) -> None:
-        self.share, self.env = share, env
-        self.places = places  # (1 + PRACTICE_FALLS,): where the running episode began; shortly before the last falls
-        self.steps = steps  # (2,): of whole courses and of practice, in episodes that have ended
-        self.recent: deque[tuple] = deque(maxlen=PRACTICE_BEFORE[1] // PRACTICE_EVERY)  # places of a whole course
-
-    def choose(self, episode: int) -> np.void | None:
-        """The place to begin the episode of this number at, or None for the start of a new course."""
-        falls = self.places[1:][self.places["seed"][1:] > 0]
-        if len(falls) and self.steps[1] < self.share * self.steps.sum():
-            return falls[episode % len(falls)]
-        return None
-
-    def begin(self, seed: int, place: np.void | None) -> np.ndarray:
-        """Resets the walker to the course of this seed, or puts it back to `place`. Returns the first observation."""
-        self.recent.clear()
-        self.places[0] = np.zeros((), PLACE) if place is None else place
-        _, length, ret, self.last, *_ = self.places[0].item()
-        self.seed, self.length, self.ret, self.practising = seed, length, ret, place is not None
-        self.begun = length, ret, self.practising
-        if place is None:
-            return reset_env(self.env, seed)
-        reset_env(self.env, int(place["seed"]))
-        put_back(self.env, place["walker"])
-        return place["obs"]
-
-    def after_step(self, obs: np.ndarray, reward: float, terminated: bool, truncated: bool) -> bool:
-        """Takes note of what a step returned. Returns `truncated`, or true where practice ends."""
-        self.length += 1
-        self.ret += reward
-        if self.practising:
-            truncated |= self.length >= self.last
-        elif terminated and reward <= FALL:
-            before = [place for place in self.recent if self.length - place[1] >= PRACTICE_BEFORE[0]]
-            if before:
-                self.places[1:-1] = self.places[2:].copy()
-                self.places[-1] = before[self.length % len(before)]  # as good as at random
-                self.places[-1]["last"] = self.length + PRACTICE_BEYOND
-        elif self.length % PRACTICE_EVERY == 0:
-            self.recent.append((self.seed, self.length, self.ret, 0, walker_state(self.env), obs.copy()))
-        if terminated or truncated:
-            self.steps[int(self.practising)] += self.length - self.begun[0]
-        return truncated
 
 
 def end_with(trainer: int) -> None:

@@ -1022,13 +1022,17 @@ class Practice:
     shortly after the place of the fall. To PPO it is a truncated episode like others. It has the length and the return
     that the one that fell had there, for --critic-progress. Starting from states on the way is an idea of Salimans &
     Chen 2018 (arXiv 1812.03381), for demonstrations.
+
+    Every environment has one, and its episodes begin here; with a share of 0, and so in all that are no walkers, they
+    are whole.
     """
 
     def __init__(self, share: float, env: gym.Env, places: np.ndarray, steps: np.ndarray) -> None:
         self.share, self.env = share, env
         self.places = places  # (1 + PRACTICE_FALLS,): where the running episode began; shortly before the last falls
         self.steps = steps  # (2,): of whole courses and of practice, in episodes that have ended
-        self.recent: deque[tuple] = deque(maxlen=PRACTICE_BEFORE[1] // PRACTICE_EVERY)  # places of a whole course
+        # The last places of a whole course. Older ones than these are too long before any fall.
+        self.recent: deque[tuple] = deque(maxlen=PRACTICE_BEFORE[1] // PRACTICE_EVERY)
 
     def choose(self, episode: int) -> np.void | None:
         """The place to begin the episode of this number at, or None for the start of a new course."""
@@ -1038,12 +1042,12 @@ class Practice:
         return None
 
     def begin(self, seed: int, place: np.void | None) -> np.ndarray:
-        """Resets the walker to the course of this seed, or puts it back to `place`. Returns the first observation."""
+        """Resets to the course of this seed, or puts the walker back to `place`. Returns the first observation."""
         self.recent.clear()
         self.places[0] = np.zeros((), PLACE) if place is None else place
         _, length, ret, self.last, *_ = self.places[0].item()
         self.seed, self.length, self.ret, self.practising = seed, length, ret, place is not None
-        self.begun = length, ret, self.practising
+        self.begun = length, ret, self.practising  # what EnvState.advance has to know of an episode's start
         if place is None:
             return reset_env(self.env, seed)
         reset_env(self.env, int(place["seed"]))
@@ -1107,9 +1111,8 @@ class EnvState:
         """
         done = data.terminated | data.truncated
         valid = ~np.vstack((self.done[None], done[:-1]))
-        restarted = data.restarted & self.started  # could not be replayed: a new episode began at row 0
-        self.episode[restarted] += 1
-        self.lengths[restarted] = self.returns[restarted] = self.places["seed"][restarted, 0] = 0
+        self.episode[data.restarted] += 1  # could not be replayed: a new episode began at row 0
+        self.lengths[data.restarted] = self.returns[data.restarted] = self.places["seed"][data.restarted, 0] = 0
         # Length, return and whether it is practice: a step adds to them, a row that resets sets them anew.
         gains = np.stack((valid, data.rewards, np.zeros_like(valid)), -1)
         gains = np.where(valid[..., None], gains, data.begun)
@@ -1124,7 +1127,7 @@ class EnvState:
         for i in range(valid.shape[1]):
             resets = np.flatnonzero(~valid[:, i])
             self.episode[i] += len(resets)
-            if len(resets) or restarted[i]:
+            if len(resets) or data.restarted[i]:
                 self.actions[i] = []
             self.actions[i].append(data.actions[resets[-1] + 1 if len(resets) else 0 :, i].copy())
         self.obs, self.done = data.obs[-1].copy(), done[-1].copy()
@@ -1145,10 +1148,9 @@ class EnvState:
         self.actions = [[] if a is None else [a.numpy()] for a in saved["actions"]]
         self.started = saved["started"]
         places = self.places[self.places["seed"] != 0]
-        if not all(np.isfinite(places[field]).all() for field in ("ret", "walker", "obs")):
-            raise ValueError("places to practise at are not finite")
-        if ((places["seed"] < 0) | (places["seed"] >= 2**32)).any():
-            raise ValueError("places to practise at have no seed")
+        sane = all((np.abs(places[field]) < 1e4).all() for field in ("length", "last", "ret", "walker", "obs"))
+        if not sane or ((places["seed"] < 0) | (places["seed"] >= 2**32)).any():
+            raise ValueError("a place to practise at is none")  # Box2D would not come back from one far away
 
 
 def plain(array: np.ndarray) -> np.ndarray:
@@ -1305,6 +1307,7 @@ class Block(gym.Env):
                     break
             if state.started and not (running and np.array_equal(obs, self.obs[i])):
                 self.data.restarted[self.start + i] = True
+                self.places[i], self.practice_steps[i] = state.places[columns][i], state.practice_steps[columns][i]
                 obs = self.begin_episode(i, self.episode[i] + 1, None)
             self.obs[i] = obs
 
@@ -1479,7 +1482,7 @@ class VecEnv:
         self.data.restarted[...] = False
         self.run("rollout")
         data = self.data
-        if self.state.started and data.restarted.any():
+        if data.restarted.any():
             warn(f"{data.restarted.sum()} environments cannot be replayed; their episodes start anew")
         for name in ("obs", "actions", "rewards"):
             array = getattr(data, name)
@@ -1814,8 +1817,8 @@ class State:
                 if not fits(saved[key], pattern[key]):
                     raise ValueError(f"{key} is not what was expected")
             self.agent.load_state_dict(saved["agent"])
-            for optimizer, own in zip(self.optimizers, saved["optimizers"]):
-                optimizer.load_state_dict(own)
+            for optimizer, other in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": other["state"]})
             moments = dict(saved["reward_scaler"])
             self.reward_scaler.returns[...] = moments.pop("returns").numpy()
             self.reward_scaler.moments.load_state_dict(moments)
@@ -2274,8 +2277,9 @@ class Run:
         self.write("args.json", json.dumps(describe_run(self.args), indent=2).encode())
         args = self.args
         tuned = {k: v for k, v in tuned_values(args.env_id).items() if getattr(args, k) == v}
-        tuned = (f"--{k.replace('_', '-')} {str(v).strip('()').replace(',', '')}" for k, v in tuned.items())
-        say(f"{args.env_id}, seed {args.seed}, in {self.path}; tuned values: {' '.join(tuned) or 'none'}")
+        flags = (f"--{k.replace('_', '-')} {str(v).strip('()').replace(',', '')}" for k, v in tuned.items())
+        flags = " ".join(flags).replace(" True", "")
+        say(f"{args.env_id}, seed {args.seed}, in {self.path}; tuned values: {flags or 'none'}")
         self.bar = progress_bar(args.total_timesteps, self.steps_before, "step")
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -2647,6 +2651,18 @@ def check_extras(args: Args) -> None:
             raise UserError(f"{flag} needs a package: pip install {module.replace('_', '-')}") from error
 
 
+def check_memory(args: Args, task: Task) -> None:
+    """Raises UserError for a rollout that this machine cannot hold."""
+    if hasattr(os, "sysconf"):
+        # float32 observations, actions and noise, once shared with the workers and once torch's.
+        size = 8 * args.batch_size * (task.obs_dim + 2 * task.action_dim)
+        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise UserError(
+                f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is a rollout of {size / 2**30:.0f} GiB, "
+                "more than this machine's memory"
+            )
+
+
 def prepare_folder(args: Args) -> Args:
     """Names and makes the run folder. Raises UserError if it cannot be written or holds another run."""
     name = args.run_name or f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -2668,6 +2684,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
         check_extras(args)
         task = Task.of(args)
+        check_memory(args, task)
         if checkpoint is None:
             args = prepare_folder(args)
         else:

@@ -1333,6 +1333,26 @@ def test_a_state_survives_its_checkpoint_where_only_the_critic_was_stepped() -> 
         assert_same(plain(copied.state_dict()), plain(state.state_dict()))
 
 
+def test_a_checkpoint_does_not_choose_the_kind_of_optimizer() -> None:
+    """Another kind would look for moments that are not there, in the middle of a training."""
+    args = make_args(env_id=PENDULUM)
+    state = State(args, Task.of(args), CPU)
+    (flat,) = state.optimizers[0].param_groups[0]["params"]
+    flat.grad = torch.randn(flat.shape)
+    state.optimizers[0].step()
+    state.log_sizes = {"events": 0, "episodes": 0}
+    saved = decode(encode(state.state_dict()))
+    saved["optimizers"][0]["param_groups"][0].update(amsgrad=True, differentiable=True)
+    copied = State(args, state.task, CPU)
+    copied.load(saved)
+    (copied_flat,) = copied.optimizers[0].param_groups[0]["params"]
+    for optimizer, parameter in ((state.optimizers[0], flat), (copied.optimizers[0], copied_flat)):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step()
+    assert_same(copied_flat.data, flat.data)
+
+
 def plain(tree: dict[str, Any]) -> dict[str, Any]:
     """A state dict without what differs between equal runs: times, and arguments that change no result."""
     return {k: dict(v) if k == "agent" else v for k, v in tree.items() if k not in (*TIMES, "args")}
@@ -1462,7 +1482,10 @@ def test_practice_does_not_depend_on_workers_walker_or_interruption() -> None:
         assert_same(expected, got)
 
 
-@pytest.mark.parametrize(("field", "value"), [("seed", -1), ("seed", 2**32), ("ret", math.inf), ("walker", math.nan)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seed", -1), ("seed", 2**32), ("ret", math.inf), ("ret", 1e300), ("walker", math.nan), ("walker", -1e6)],
+)
 def test_places_that_no_walker_can_be_put_to_are_refused(field: str, value: float) -> None:
     args = make_args(num_envs=3)
     state, task = EnvState(3, 24), Task.of(args)
@@ -1470,7 +1493,7 @@ def test_places_that_no_walker_can_be_put_to_are_refused(field: str, value: floa
     saved = {**State(args, task, CPU).state_dict(), "log_sizes": {"events": 0, "episodes": 0}}
     State(args, task, CPU).load({**saved, "envs": state.state_dict()})
     state.places[field][1, 2] = value
-    with pytest.raises(ppo_vec.UserError, match="places to practise"):
+    with pytest.raises(ppo_vec.UserError, match="place to practise"):
         State(args, task, CPU).load({**saved, "envs": state.state_dict()})
 
 

@@ -115,6 +115,7 @@ BAD_ARGUMENTS = [
     "--num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 16",  # one sample a minibatch
     "--num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 32",  # less than one
     "--num-workers 5 --num-envs 4",
+    "--num-steps 1000000000",  # more than the memory
     *(f"--learning-rate {value}" for value in ("nan", "inf", "0", "-0.001")),
     *(f"--critic-learning-rate {value}" for value in ("nan", "0", "-1")),
     *(

@@ -265,6 +265,16 @@ def tuned_values(env_id: str) -> dict[str, Any]:
     return TUNED.get(env_id) or TUNED.get(f"{env_id}-v3", {})  # Gymnasium takes an id without a version, too
 
 
+def tuned_flags(args: Args) -> str:
+    """Those of its environment's tuned values that apply, as they would be typed."""
+    flags = []
+    for name, value in tuned_values(args.env_id).items():
+        if getattr(args, name) == value:
+            words = () if value is True else value if isinstance(value, tuple) else (value,)
+            flags.append(" ".join(("--" + name.replace("_", "-"), *map(str, words))))
+    return " ".join(flags)
+
+
 class UserError(Exception):
     """Bad input: one line on stderr and exit code 2."""
 
@@ -1031,7 +1041,7 @@ class Practice:
         self.share, self.env = share, env
         self.places = places  # (1 + PRACTICE_FALLS,): where the running episode began; shortly before the last falls
         self.steps = steps  # (2,): of whole courses and of practice, in episodes that have ended
-        # The last places of a whole course. Older ones than these are too long before any fall.
+        # The last places of a whole course, as long before a fall as it may be.
         self.recent: deque[tuple] = deque(maxlen=PRACTICE_BEFORE[1] // PRACTICE_EVERY)
 
     def choose(self, episode: int) -> np.void | None:
@@ -1150,7 +1160,7 @@ class EnvState:
         places = self.places[self.places["seed"] != 0]
         sane = all((np.abs(places[field]) < 1e4).all() for field in ("length", "last", "ret", "walker", "obs"))
         if not sane or ((places["seed"] < 0) | (places["seed"] >= 2**32)).any():
-            raise ValueError("a place to practise at is none")  # Box2D would not come back from one far away
+            raise ValueError("a place to practise at is on no course")  # Box2D would not come back from far away
 
 
 def plain(array: np.ndarray) -> np.ndarray:
@@ -2276,10 +2286,7 @@ class Run:
     def __enter__(self) -> Run:
         self.write("args.json", json.dumps(describe_run(self.args), indent=2).encode())
         args = self.args
-        tuned = {k: v for k, v in tuned_values(args.env_id).items() if getattr(args, k) == v}
-        flags = (f"--{k.replace('_', '-')} {str(v).strip('()').replace(',', '')}" for k, v in tuned.items())
-        flags = " ".join(flags).replace(" True", "")
-        say(f"{args.env_id}, seed {args.seed}, in {self.path}; tuned values: {flags or 'none'}")
+        say(f"{args.env_id}, seed {args.seed}, in {self.path}; tuned values: {tuned_flags(args) or 'none'}")
         self.bar = progress_bar(args.total_timesteps, self.steps_before, "step")
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -2653,7 +2660,7 @@ def check_extras(args: Args) -> None:
 
 def check_memory(args: Args, task: Task) -> None:
     """Raises UserError for a rollout that this machine cannot hold."""
-    if hasattr(os, "sysconf"):
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         # float32 observations, actions and noise, once shared with the workers and once torch's.
         size = 8 * args.batch_size * (task.obs_dim + 2 * task.action_dim)
         if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -2684,7 +2691,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
         check_extras(args)
         task = Task.of(args)
-        check_memory(args, task)
+        if not args.evaluate:
+            check_memory(args, task)
         if checkpoint is None:
             args = prepare_folder(args)
         else:

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -1495,6 +1496,25 @@ def test_places_that_no_walker_can_be_put_to_are_refused(field: str, value: floa
     state.places[field][1, 2] = value
     with pytest.raises(ppo_vec.UserError, match="place to practise"):
         State(args, task, CPU).load({**saved, "envs": state.state_dict()})
+
+
+@processes
+def test_a_replay_that_fails_leaves_no_trace_in_practice() -> None:
+    args = make_args(**PRACTICE)
+    _, (_, state) = practice_columns(args, 6)
+    running = ~state.done
+    assert running.any()
+    rng = np.random.default_rng(0)
+    state.actions = [[rng.normal(scale=2, size=(500, 4)).astype(np.float32)] for _ in range(3)]  # other ones: it falls
+    task = Task.of(args)
+    agent = task.agent(args)
+    data = ppo_vec.RolloutData(multiprocessing.get_context(), args, task, 1, agent.policy_arrays())
+    block = ppo_vec.Block(0, 0, 3, task, agent, data, state, os.getpid())
+    block.restore()
+    assert (data.restarted == running).all()
+    assert_same(block.practice_steps, state.practice_steps)
+    assert block.places[:, 1:].tobytes() == state.places[:, 1:].tobytes()
+    assert not block.places["seed"][running, 0].any()
 
 
 def test_an_episode_is_practice_over_rollouts_until_it_ends_or_cannot_be_replayed() -> None:

@@ -102,6 +102,13 @@ def assert_one_line(code: int, captured: Any, *words: str) -> None:
         assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
 
 
+@pytest.mark.parametrize("env_id", ppo_vec.TUNED)
+def test_the_tuned_values_that_are_printed_can_be_typed(env_id: str) -> None:
+    args, _ = ppo_vec.parse_args(["--env-id", env_id])
+    typed, _ = ppo_vec.parse_args(["--env-id", "Pendulum-v1", *ppo_vec.tuned_flags(args).split()])
+    assert dataclasses.replace(typed, env_id=env_id) == args
+
+
 BAD_ARGUMENTS = [
     *(
         f"--{flag} {value}"
@@ -386,6 +393,12 @@ def test_episodes_csv(trained: Path) -> None:
         assert sum(lengths) == envs["practice_steps"][env, 0]
         running = 0 if envs["done"][env] else envs["lengths"][env] - begun[env]
         assert envs["practice_steps"][env].sum() + running == tree["iteration"] * 64 - envs["episode"][env]
+
+
+def test_only_a_training_needs_memory_for_its_rollout(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    assert main(["--evaluate", str(trained), "--eval-episodes", "1"]) == 0
+    assert main(["--resume", str(trained)]) == 2
 
 
 def test_best_is_the_best(trained: Path) -> None:

@@ -121,7 +121,7 @@ class Trainer:
     def stderr(self) -> str:
         return (self.temporary / "err").read_text()
 
-    def wait_for(self, condition: Callable[[], Any], limit: float = 90) -> bool:
+    def wait_for(self, condition: Callable[[], Any], limit: float = 250) -> bool:
         """Waits until `condition` holds; False if the run ended before it did."""
         end = time.monotonic() + limit
         while not condition():
@@ -179,7 +179,7 @@ class Trainer:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
-    def finish(self, limit: float = 120) -> Result:
+    def finish(self, limit: float = 250) -> Result:
         """Waits for the end; a run that does not end is a hang. Looks for what it left behind."""
         try:
             code = self.process.wait(limit)
@@ -188,7 +188,7 @@ class Trainer:
             self.abandon()
             raise AssertionError(f"hangs: no end within {limit:g} s:\n{err}") from None
         seconds = time.monotonic() - self.started
-        end = time.monotonic() + 3  # workers notice within a second that their trainer is gone
+        end = time.monotonic() + 20  # workers notice within a second that their trainer is gone, if they get to run
         while (alive := self.marked()) and time.monotonic() < end:
             time.sleep(0.02)
         leaked = self.leaked()
@@ -704,7 +704,7 @@ def fuzz(count: int, seed: int) -> dict[str, Any]:
     return {"tried": suite.tried, "outcomes": suite.outcomes, "problems": suite.problems}
 
 
-def isolated(function: Callable[..., Any], *args: Any, limit: float = 280) -> Any:
+def isolated(function: Callable[..., Any], *args: Any, limit: float = 500) -> Any:
     """Calls `function` in a process of its own: a checkpoint that corrupts memory shall not end the suite with it."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=send_result, args=(sender, function, args))

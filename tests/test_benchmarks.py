@@ -31,10 +31,9 @@ def run(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess:
     # The ppo_vec that Python finds, from a folder that has no other.
     env = {**os.environ, "PYTHONPATH": str(Path(ppo_vec.__file__).parent)}
     command = [sys.executable, "-c", WITHOUT_PEERS, str(SCRIPT), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env)
 
 
-@pytest.mark.timeout(120, method="thread")
 def test_a_tiny_run_measures_every_row_of_ours(tmp_path: Path) -> None:
     size = ["--seconds", "0.02", "--repeats", "1", "--num-steps", "8", "--envs", "2", "3"]
     done = run(tmp_path, "--quick", *size, "--out", "results")
@@ -61,7 +60,6 @@ def test_a_tiny_run_measures_every_row_of_ours(tmp_path: Path) -> None:
     assert all(seconds >= 0 for parts in report["time_split"].values() for seconds in parts.values())
 
 
-@pytest.mark.timeout(60, method="thread")
 def test_a_policy_that_is_not_there_is_an_error_of_one_line(tmp_path: Path) -> None:
     done = run(tmp_path, "--quick", "--policy", "nowhere")
     assert done.returncode == 2

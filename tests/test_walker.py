@@ -27,7 +27,6 @@ import ppo_vec
 from ppo_vec import WALKERS, Args, FastWalker, FreshWalker, Rollout, State, Task, VecEnv, collect, update
 
 NORMAL, HARDCORE = WALKERS
-processes = pytest.mark.timeout(120, method="thread")
 STANDING = np.array([-1.0, -1.0, 1.0, 1.0])  # both legs against their stops: stands until the time limit
 
 
@@ -226,7 +225,6 @@ def test_the_self_check_sees_a_last_bit(env_id: str, broken: str, monkeypatch: p
     assert not ppo_vec.fast_walker_agrees(env_id)
 
 
-@processes
 def test_training_steps_aside_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -243,7 +241,6 @@ def test_training_steps_aside_with_a_warning(
     assert not Task.of(Args()).fast_walker
 
 
-@processes
 @pytest.mark.parametrize("env_id", WALKERS)
 def test_the_same_training_with_and_without(env_id: str) -> None:
     """Three iterations: data, episodes and weights, to the bit."""
@@ -325,13 +322,12 @@ print(resident() - before)
 """
 
 
-@processes
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("kind", ["fast", "fresh"])
 def test_memory_stays_flat_over_1000_resets(kind: str, tmp_path: Path) -> None:
     """A Hardcore world is 0.2 MB of C++ memory that Python's garbage collector does not see."""
     command = [sys.executable, "-c", RESETS, kind]
     where = {**os.environ, "PYTHONPATH": str(Path(ppo_vec.__file__).parent)}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path, env=where)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=where)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 8, "MB more after 1,000 resets"

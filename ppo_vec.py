@@ -253,10 +253,10 @@ TUNED: dict[str, dict[str, Any]] = {
         "ent_coef": 0.001, "initial_std": 0.5, "activation": "relu", "state_dependent_std": True,
     },
     "BipedalWalkerHardcore-v3": {
-        "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 4e-4, "gae_lambda": 0.9,
-        "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -12.0,
-        "initial_std": 0.5, "critic_progress": True, "actor_hidden_sizes": (256, 256),
-        "critic_hidden_sizes": (256, 256),
+        "practice": 0.5, "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 4e-4,
+        "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
+        "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "initial_std": 0.5,
+        "critic_progress": True, "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
 
@@ -1784,7 +1784,7 @@ class State:
         scaler = self.reward_scaler
         return {
             **policy_dict(self.agent, self.args, self.task),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "reward_scaler": {**scaler.moments.state_dict(), "returns": torch.from_numpy(scaler.returns)},
             "noise_rng": self.noise_rng.bit_generator.state,
             "shuffle_rng": self.shuffle_rng.get_state(),
@@ -1798,10 +1798,9 @@ class State:
         own = self.state_dict()
         row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0)], self.task.goal)}
 
-        def adam(optimizer: torch.optim.Optimizer, own: dict[str, Any]) -> dict[str, Any]:
+        def adam(optimizer: torch.optim.Optimizer) -> Callable[[Any], bool]:
             (flat,) = optimizer.param_groups[0]["params"]
-            moments = {"step": torch.zeros(()), "exp_avg": flat.data, "exp_avg_sq": flat.data}
-            return {**own, "state": one_of({}, {0: moments})}
+            return one_of({}, {0: {"step": torch.zeros(()), "exp_avg": flat.data, "exp_avg_sq": flat.data}})
 
         def actions_of(episode: Any) -> bool:
             return isinstance(episode, Tensor) and fits(episode, torch.empty(len(episode), self.task.action_dim))
@@ -1809,7 +1808,7 @@ class State:
         return {
             **own,
             "args": lambda args: True,  # saved_args has seen them
-            "optimizers": [adam(*pair) for pair in zip(self.optimizers, own["optimizers"])],
+            "optimizers": [adam(optimizer) for optimizer in self.optimizers],
             "envs": {**own["envs"], "actions": [one_of(None, actions_of)] * self.args.num_envs},
             "recent": list_of((0.0, 0)),
             "evaluations": list_of(row),
@@ -1827,8 +1826,8 @@ class State:
                 if not fits(saved[key], pattern[key]):
                     raise ValueError(f"{key} is not what was expected")
             self.agent.load_state_dict(saved["agent"])
-            for optimizer, other in zip(self.optimizers, saved["optimizers"]):
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": other["state"]})
+            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
             moments = dict(saved["reward_scaler"])
             self.reward_scaler.returns[...] = moments.pop("returns").numpy()
             self.reward_scaler.moments.load_state_dict(moments)

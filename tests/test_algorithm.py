@@ -1325,26 +1325,6 @@ def test_a_state_survives_its_checkpoint_where_only_the_critic_was_stepped() -> 
         assert_same(plain(copied.state_dict()), plain(state.state_dict()))
 
 
-def test_a_checkpoint_does_not_choose_the_kind_of_optimizer() -> None:
-    """Another kind would look for moments that are not there, in the middle of a training."""
-    args = make_args(env_id=PENDULUM)
-    state = State(args, Task.of(args), CPU)
-    (flat,) = state.optimizers[0].param_groups[0]["params"]
-    flat.grad = torch.randn(flat.shape)
-    state.optimizers[0].step()
-    state.log_sizes = {"events": 0, "episodes": 0}
-    saved = decode(encode(state.state_dict()))
-    saved["optimizers"][0]["param_groups"][0].update(amsgrad=True, differentiable=True)
-    copied = State(args, state.task, CPU)
-    copied.load(saved)
-    (copied_flat,) = copied.optimizers[0].param_groups[0]["params"]
-    for optimizer, parameter in ((state.optimizers[0], flat), (copied.optimizers[0], copied_flat)):
-        parameter.grad = torch.ones_like(parameter)
-        optimizer.param_groups[0]["lr"] = 0.1
-        optimizer.step()
-    assert_same(copied_flat.data, flat.data)
-
-
 def plain(tree: dict[str, Any]) -> dict[str, Any]:
     """A state dict without what differs between equal runs: times, and arguments that change no result."""
     return {k: dict(v) if k == "agent" else v for k, v in tree.items() if k not in (*TIMES, "args")}

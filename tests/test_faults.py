@@ -343,7 +343,7 @@ def test_worker_that_always_fails(run: Path, capsys: pytest.CaptureFixture[str],
 
 def test_slow_resets_are_no_hang(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A worker resets many environments in a row; each is progress."""
-    assert train(run, *tiny("slow-reset", 40), "--eval-episodes", "8", "--worker-timeout", "1") == 0
+    assert train(run, *tiny("slow-reset", 40), "--eval-episodes", "20", "--worker-timeout", "3") == 0
     assert "took no step" not in capsys.readouterr().err
 
 
@@ -502,7 +502,10 @@ def test_file_size_limit_of_the_kernel(run: Path, limit: int) -> None:
     trainer.wait_for(lambda: len(trainer.workers()) == 2)  # to start them takes a semaphore: a file, too
     _, hard = resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (limit, hard))
-    time.sleep(0.8)
+    if limit > 1:
+        trainer.wait_for(lambda: "cannot write a checkpoint" in trainer.stderr())
+    else:
+        time.sleep(2)
     resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (hard, hard))
     result = trainer.finish().check()
     if limit > 1:

@@ -264,7 +264,7 @@ def test_killed_worker_while_training(reference: faults.Reference, run: Path) ->
     pytest.fail("the run ended before the fault, three times")
 
 
-@pytest.mark.parametrize(("number", "args"), [(signal.SIGKILL, ()), (signal.SIGSTOP, ("--worker-timeout", "2"))])
+@pytest.mark.parametrize(("number", "args"), [(signal.SIGKILL, ()), (signal.SIGSTOP, ("--worker-timeout", "5"))])
 def test_killed_or_stopped_worker_in_evaluation(
     reference: faults.Reference, run: Path, number: int, args: tuple[str, ...]
 ) -> None:
@@ -282,7 +282,7 @@ ppo_vec.VecEnv.evaluate = evaluate"""
         assert trainer.wait_for(lambda: "was ended by signal 9" in trainer.stderr())
         trainer.wait_for(lambda: not trainer.zombies())
     result = trainer.finish().check()
-    assert re.search(r"warning: worker \d (was ended by signal 9|took no step for 2 s); starting new", result.err)
+    assert re.search(r"warning: worker \d (was ended by signal 9|took no step for 5 s); starting new", result.err)
     assert_same(run, reference.state)
     assert json.loads((run / "summary.json").read_text())["worker_restarts"] >= 1
 
@@ -303,7 +303,7 @@ def before_rollout(monkeypatch: pytest.MonkeyPatch, action: Callable[[ppo_vec.Ve
 @pytest.mark.parametrize("which", [2, 3], ids=["at an episode's end", "in an episode"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_lost_worker_between_rollouts(run: Path, monkeypatch: pytest.MonkeyPatch, number: int, which: int) -> None:
-    args = (*tiny(), "--worker-timeout", "1")
+    args = (*tiny(), "--worker-timeout", "5")
     expected = undisturbed(run, *args)
     before_rollout(monkeypatch, lambda envs: os.kill(envs.workers.processes[1].pid, number), which)
     assert train(run, *args) == 0
@@ -312,7 +312,7 @@ def test_lost_worker_between_rollouts(run: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_lost_worker_while_starting(run: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    args = (*tiny(), "--worker-timeout", "1")
+    args = (*tiny(), "--worker-timeout", "5")
     expected = undisturbed(run, *args)
     real, trainer, once = ppo_vec.Block.__init__, os.getpid(), run.with_name("once")
 

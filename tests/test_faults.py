@@ -196,9 +196,6 @@ def test_workers_end_with_a_killed_trainer(run: Path) -> None:
     trainer.wait_checkpoint(run)
     trainer.wait_for(lambda: len(trainer.workers()) == 3)
     trainer.send(signal.SIGKILL)
-    trainer.process.wait()
-    while trainer.marked() and time.monotonic() < trainer.started + SOON:
-        time.sleep(0.02)
     trainer.finish().check(-signal.SIGKILL)
 
 

@@ -199,6 +199,22 @@ def test_workers_end_with_a_killed_trainer(run: Path) -> None:
     trainer.finish().check(-signal.SIGKILL)
 
 
+def test_workers_end_where_the_kernel_does_not_end_them(run: Path) -> None:
+    trainer = start(run, "--num-workers", "3", patch=f"{STUCK}; ppo_vec.ctypes = None")  # no prctl
+    trainer.wait_checkpoint(run)
+    trainer.wait_for(lambda: len(trainer.workers()) == 3)
+    *others, last = sorted(trainer.workers())
+    os.kill(last, signal.SIGSTOP)  # it holds the pipes of those forked before it: theirs do not close
+    trainer.send(signal.SIGKILL)
+    end = time.monotonic() + SOON
+    while set(others) & set(trainer.marked()) and time.monotonic() < end:
+        time.sleep(0.05)
+    left = trainer.marked()
+    os.kill(last, signal.SIGCONT)
+    trainer.finish().check(-signal.SIGKILL)
+    assert left == [last]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Signals
 # ----------------------------------------------------------------------------------------------------------------------

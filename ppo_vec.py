@@ -1055,9 +1055,9 @@ class Practice:
         """Resets to the course of this seed, or puts the walker back to `place`. Returns the first observation."""
         self.recent.clear()
         self.places[0] = np.zeros((), PLACE) if place is None else place
-        _, length, ret, self.last, *_ = self.places[0].item()
-        self.seed, self.length, self.ret, self.practising = seed, length, ret, place is not None
-        self.begun = length, ret, self.practising  # what EnvState.advance has to know of an episode's start
+        self.seed, self.practising = seed, place is not None
+        self.length, self.ret, self.last = (self.places[0][name].item() for name in ("length", "ret", "last"))
+        self.begun = self.length, self.ret, self.practising  # what EnvState.advance has to know of an episode's start
         if place is None:
             return reset_env(self.env, seed)
         reset_env(self.env, int(place["seed"]))
@@ -1304,22 +1304,26 @@ class Block(gym.Env):
         self.places, self.practice_steps = state.places[columns].copy(), state.practice_steps[columns].copy()
         rows = zip(self.envs, self.places, self.practice_steps)
         self.practices = [Practice(self.task.practice, *row) for row in rows]
-        for i in range(len(self.envs)):
-            if self.done[i]:
-                continue
-            place = self.places[i, 0].copy()
-            obs, running = self.begin_episode(i, self.episode[i], place if place["seed"] else None), True
-            for action in (a for chunk in state.actions[self.start + i] for a in chunk):
-                rows, _, terminated, truncated = self.step_some([i], self.policy.env_action(action[None]))
-                obs, running = rows[0], not (terminated[0] or truncated[0])
-                self.data.beats[self.index] += 1
-                if not running:
-                    break
+        for i in np.flatnonzero(~self.done):
+            obs, running = self.replay(i)
             if state.started and not (running and np.array_equal(obs, self.obs[i])):
+                # Not the same here, as on another machine: a new episode begins, and what the replay noted is undone.
                 self.data.restarted[self.start + i] = True
                 self.places[i], self.practice_steps[i] = state.places[columns][i], state.practice_steps[columns][i]
                 obs = self.begin_episode(i, self.episode[i] + 1, None)
             self.obs[i] = obs
+
+    def replay(self, i: int) -> tuple[np.ndarray, bool]:
+        """Takes the running episode of environment i to where it was. Its observation, and whether it still runs."""
+        place = self.places[i, 0].copy()
+        obs, running = self.begin_episode(i, self.episode[i], place if place["seed"] else None), True
+        for action in itertools.chain.from_iterable(self.state.actions[self.start + i]):
+            if not running:
+                break
+            rows, _, terminated, truncated = self.step_some([i], self.policy.env_action(action[None]))
+            obs, running = rows[0], not (terminated[0] or truncated[0])
+            self.data.beats[self.index] += 1
+        return obs, running
 
     def evaluate(self, seeds: list[int], workers: int, as_published: bool) -> list[tuple[int, float, int]] | str:
         """This worker's share of evaluation episodes: (index into seeds, return, length) of each."""

@@ -280,7 +280,7 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """A run that cannot go on: one line on stderr and exit code 1; the last good checkpoint is kept."""
+    """A run that cannot go on: a line on stderr (with a worker's traceback) and exit code 1; checkpoints are kept."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -765,6 +765,11 @@ FALL = -100.0  # the reward of a fall or crash in the Box2D environments
 CHUNK = 1024  # rows of a forward pass: more of them at once would leave the processor's cache
 
 
+def is_fall(terminated: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """Whether steps ended their episode by a fall; of arrays or of single steps. `rewards` are raw."""
+    return terminated & (rewards <= FALL)
+
+
 def running_sums(start: np.ndarray, gains: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """(T + 1, ...) float64: `start`, and then keep[t] times the row before plus gains[t]."""
     sums = np.empty((len(gains) + 1, *start.shape))
@@ -822,7 +827,7 @@ def collect(envs: VecEnv, state: State, rollout: Rollout, args: Args) -> list[Ep
     store(rollout.obs, data.obs)
     store(rollout.progress, progress)
     store(rollout.actions, data.actions)
-    fell = data.terminated & (data.rewards <= FALL)
+    fell = is_fall(data.terminated, data.rewards)
     store(rollout.rewards, state.reward_scaler.scale(rewards, fell, args.fall_reward))
     store(rollout.terminated, data.terminated)
     store(rollout.truncated, data.truncated)
@@ -860,7 +865,7 @@ def train(args: Args, task: Task, checkpoint: dict[str, Any] | None = None) -> R
     losses = [torch.compile(loss) if args.compile else loss for loss in (policy_loss, value_loss)]
 
     with Run(args, task, state, checkpoint) as run, VecEnv(args, task, state.envs) as envs:
-        run.save(state)
+        run.save()
         while state.global_step < args.total_timesteps and not run.stopped:
             started = time.perf_counter()
             now = scheduled(args, state.global_step)
@@ -872,11 +877,11 @@ def train(args: Args, task: Task, checkpoint: dict[str, Any] | None = None) -> R
 
             state.iteration += 1
             state.train_time_s += updated - started
-            run.log(state, rollout, episodes, metrics, now, collected - started, updated - collected)
+            run.log(rollout, episodes, metrics, now, collected - started, updated - collected)
             if evaluation_due(state, args):
-                evaluate_progress(envs, state, run, args)
-            run.save_now_and_then(state)
-        run.save(state)
+                evaluate_progress(envs, state, run)
+            run.save_now_and_then()
+        run.save()
         if not run.stopped:
             deliver(envs, state, run, args)
     if missing := run.missing():
@@ -893,6 +898,7 @@ def train(args: Args, task: Task, checkpoint: dict[str, Any] | None = None) -> R
 # ----------------------------------------------------------------------------------------------------------------------
 
 WALKERS = {"BipedalWalker-v3": False, "BipedalWalkerHardcore-v3": True}  # env id: hardcore
+STARTING = 120.0  # seconds that the start of workers may take, whatever --worker-timeout
 MAX_FAULTS = 3  # attempts at one rollout or evaluation before a run gives up
 ENDLESS = 10_000  # steps after which an evaluation ends an episode of an environment without a time limit
 
@@ -942,14 +948,14 @@ class Task:
             )
         if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
             raise UserError(f"--env-id {args.env_id} has unbounded actions; supported are finite bounds")
-        if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
-            raise UserError(f"--capture-video: {args.env_id} cannot be rendered to an rgb_array")
+        if args.capture_video:
+            check_rendering(args.env_id, env)
         spec = env.spec
         env.close()
         env_id = spec.id if spec.id in WALKERS else args.env_id  # "BipedalWalker" is the newest version of it
         if args.practice and env_id not in WALKERS:
             raise UserError(f"--practice belongs to {' and '.join(WALKERS)}: {env_id} cannot be put back to a place")
-        fast = args.fast_walker and env_id in WALKERS
+        fast = args.fast_walker and env_id in WALKERS and not args.evaluate  # which takes the published one
         if fast and not fast_walker_agrees(env_id):
             warn("the fast walker differs from Gymnasium's on this machine; using Gymnasium's")
             fast = False
@@ -979,6 +985,19 @@ class Task:
 
     def policy(self, agent: Agent, arrays: list[np.ndarray] | None = None) -> Policy:
         return Policy(agent.policy_arrays() if arrays is None else arrays, agent, self.low, self.high)
+
+
+def check_rendering(env_id: str, env: gym.Env) -> None:
+    """Raises UserError for an environment of which no video can be made on this machine."""
+    if "rgb_array" not in env.metadata.get("render_modes", ()):
+        raise UserError(f"--capture-video: {env_id} cannot be rendered to an rgb_array")
+    try:
+        rendered = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
+        rendered.reset(seed=0)
+        rendered.render()
+        rendered.close()
+    except Exception as error:  # no display, no OpenGL, no pygame, ...
+        raise UserError(f"--capture-video: {env_id} cannot be rendered here: {' '.join(str(error).split())}") from error
 
 
 def rounded(bounds: np.ndarray, inwards: float) -> np.ndarray:
@@ -1070,7 +1089,7 @@ class Practice:
         self.ret += reward
         if self.practising:
             truncated |= self.length >= self.last
-        elif terminated and reward <= FALL:
+        elif is_fall(terminated, reward):
             before = [place for place in self.recent if self.length - place[1] >= PRACTICE_BEFORE[0]]
             if before:
                 self.places[1:-1] = self.places[2:].copy()
@@ -1132,7 +1151,7 @@ class EnvState:
         episodes = []
         for t, i in np.argwhere(done):
             length, ret, practice = progress[t + 1, i].tolist()
-            fell = bool(data.terminated[t, i] and data.rewards[t, i] <= FALL)
+            fell = bool(is_fall(data.terminated[t, i], data.rewards[t, i]))
             episodes.append(Episode(int(steps[t]), int(i), ret, int(length), fell, bool(practice)))
         for i in range(valid.shape[1]):
             resets = np.flatnonzero(~valid[:, i])
@@ -1147,14 +1166,14 @@ class EnvState:
         return valid, progress[..., :2], episodes
 
     def state_dict(self) -> dict[str, Any]:
-        arrays = {k: torch.from_numpy(plain(v).copy()) for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        arrays = {k: torch.from_numpy(as_bytes(v).copy()) for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         actions = [torch.from_numpy(np.concatenate(c)) if c else None for c in self.actions]
         return {**arrays, "actions": actions, "started": self.started}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
-                plain(value)[...] = saved[name].numpy()
+                as_bytes(value)[...] = saved[name].numpy()
         self.actions = [[] if a is None else [a.numpy()] for a in saved["actions"]]
         self.started = saved["started"]
         places = self.places[self.places["seed"] != 0]
@@ -1163,7 +1182,7 @@ class EnvState:
             raise ValueError("a place to practise at is on no course")  # Box2D would not come back from far away
 
 
-def plain(array: np.ndarray) -> np.ndarray:
+def as_bytes(array: np.ndarray) -> np.ndarray:
     """A view of records as their bytes, which torch can hold; of any other array itself."""
     return array.view(np.uint8) if array.dtype.names else array
 
@@ -1232,10 +1251,13 @@ class Block(gym.Env):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             with contextlib.suppress(Exception):  # Linux: the kernel ends this worker with its trainer
                 ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # 1: PR_SET_PDEATHSIG
-            threading.Thread(target=end_with, args=(trainer,), daemon=True).start()  # elsewhere: within a second
+            threading.Thread(target=end_with_trainer, daemon=True).start()  # elsewhere
 
     def rollout(self, given_actions: bool = False) -> str | None:
-        """Steps the block num_steps times, acting on the shared noise (or on the shared actions, if they are given)."""
+        """Steps the block num_steps times, acting on the shared noise.
+
+        With `given_actions` on the shared actions: benchmarks/throughput.py times the stepping without a policy.
+        """
         try:
             self.restore()
             data, columns, obs = self.data, slice(self.start, self.stop), self.obs
@@ -1251,7 +1273,7 @@ class Block(gym.Env):
                 data.rewards[t, columns] = rewards
                 data.terminated[t, columns] = terminated
                 data.truncated[t, columns] = truncated
-                data.beats[self.index] += 1
+                self.beat()
             self.obs = obs
             data.places[columns], data.practice_steps[columns] = self.places, self.practice_steps
         except Exception:
@@ -1289,7 +1311,13 @@ class Block(gym.Env):
         """Begins the episode of this number in environment i, on a course of its own or at a place to practise."""
         self.episode[i] = episode
         seed = episode_seed(self.task.seed, self.start + i, int(episode))
-        return self.practices[i].begin(seed, place)
+        obs = self.practices[i].begin(seed, place)
+        self.beat()
+        return obs
+
+    def beat(self) -> None:
+        """Shows that this worker does not hang: after everything that it does for one environment or one row."""
+        self.data.beats[self.index] += 1
 
     def restore(self) -> None:
         """On the first call: brings every environment to where the last complete rollout left it."""
@@ -1300,7 +1328,9 @@ class Block(gym.Env):
         self.obs, self.done = state.obs[columns].copy(), state.done[columns].copy()
         self.episode = state.episode[columns].copy()
         self.data.restarted[columns] = False
-        self.envs = [self.task.make_env() for _ in range(self.start, self.stop)]
+        for _ in range(self.start, self.stop):
+            self.envs.append(self.task.make_env())
+            self.beat()
         self.places, self.practice_steps = state.places[columns].copy(), state.practice_steps[columns].copy()
         rows = zip(self.envs, self.places, self.practice_steps)
         self.practices = [Practice(self.task.practice, *row) for row in rows]
@@ -1322,7 +1352,7 @@ class Block(gym.Env):
                 break
             rows, _, terminated, truncated = self.step_some([i], self.policy.env_action(action[None]))
             obs, running = rows[0], not (terminated[0] or truncated[0])
-            self.data.beats[self.index] += 1
+            self.beat()
         return obs, running
 
     def evaluate(self, seeds: list[int], workers: int, as_published: bool) -> list[tuple[int, float, int]] | str:
@@ -1330,23 +1360,18 @@ class Block(gym.Env):
         try:
             policy = self.task.policy(self.agent, self.data.policy)
             mine = [i for i in range(len(seeds)) if i // TILE % workers == self.index]  # whole tiles
-
-            def beat() -> None:
-                self.data.beats[self.index] += 1
-
             episodes = []
             for start in range(0, len(mine), 32 * TILE):  # so many environments at a time
                 some = [seeds[i] for i in mine[start : start + 32 * TILE]]
-                episodes += run_episodes(self.task, policy, some, as_published, beat=beat)
+                episodes += run_episodes(self.task, policy, some, as_published, beat=self.beat)
             return [(i, *episode) for i, episode in zip(mine, episodes)]
         except Exception:
             return traceback.format_exc()
 
 
-def end_with(trainer: int) -> None:
-    """Ends this worker soon after the trainer has: a sibling may keep the pipe open that would have told it."""
-    while os.getppid() == trainer:
-        time.sleep(1)
+def end_with_trainer() -> None:
+    """Ends this worker with the trainer, even while an environment hangs."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
@@ -1367,7 +1392,8 @@ class Workers(AsyncVectorEnv):
 
     def __init__(self, blocks: list[Callable[[], Block]], context: str, timeout: float) -> None:
         self.timeout = timeout
-        watchdog = threading.Timer(timeout, self.kill)  # construction waits for the workers without a limit
+        # Construction waits for the workers without a limit; a spawned one imports torch first.
+        watchdog = threading.Timer(max(timeout, STARTING), self.kill)
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -2064,7 +2090,7 @@ def evaluation_due(state: State, args: Args) -> bool:
     return spaced and state.selection_steps <= EVALUATION_SHARE * state.global_step
 
 
-def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
+def evaluate_progress(envs: VecEnv, state: State, run: Run) -> None:
     """A periodic evaluation, on fresh selection seeds; keeps the best policy, notes when the task is solved."""
     policy, goal = state.agent.policy_arrays(), state.task.goal
 
@@ -2089,8 +2115,8 @@ def evaluate_progress(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     state.evaluations.append(row)
     state.candidates.append({"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": row})
     rank_candidates(state, run)
-    run.log_evaluation(state, row)
-    run.write_summary(state, envs, state.candidates[0]["evaluation"], row)
+    run.log_evaluation(row)
+    run.write_summary(envs, state.candidates[0]["evaluation"], row)
 
 
 def standing(candidate: dict[str, Any]) -> float:
@@ -2103,7 +2129,7 @@ def rank_candidates(state: State, run: Run) -> None:
     """Keeps the few best; best.pt is the first of them."""
     state.candidates.sort(key=standing, reverse=True)
     del state.candidates[CANDIDATES:]
-    run.save_best(state)
+    run.save_best()
 
 
 def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
@@ -2138,9 +2164,9 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     state.candidates = [last, *others[:FINALISTS]]
     compete(state.candidates, 2 * args.eval_episodes)
     state.evaluations.append(last["evaluation"])
-    run.log_evaluation(state, last["evaluation"])
-    confirmed = args.eval_episodes >= CONFIRMATION_EPISODES and goal is not None and last["evaluation"]["mean"] >= goal
-    if confirmed and state.solved_at_step is None:
+    run.log_evaluation(last["evaluation"])
+    enough = last["evaluation"]["episodes"] >= CONFIRMATION_EPISODES
+    if enough and goal is not None and last["evaluation"]["mean"] >= goal and state.solved_at_step is None:
         state.solved_at_step, state.solved_at_s = state.global_step, run.wall_time()
     rank_candidates(state, run)
 
@@ -2150,8 +2176,8 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     say(f"test on unseen episodes of the published environment: last weights {describe(last_test)}")
     say(f"delivered policy, of step {best['evaluation']['global_step']}: {describe(best_test)}")
     state.finished = True
-    run.write_summary(state, envs, best_test, last_test)
-    run.save(state)
+    run.write_summary(envs, best_test, last_test)
+    run.save()
     if args.capture_video:
         agent.load_state_dict(best["agent"])
         say(f"video: {record_video(state.task, state.task.policy(agent), run.path / 'videos', TEST_SEEDS)}")
@@ -2164,38 +2190,45 @@ def describe(result: dict[str, float]) -> str:
 
 
 def record_video(task: Task, policy: Policy, folder: Path, seed: int) -> Path:
-    """Writes a whole episode of the deterministic policy as an mp4, frame by frame (RecordVideo would keep all)."""
+    """Writes a whole episode of the deterministic policy as an mp4, frame by frame (RecordVideo would keep all).
+
+    Raises TrainingError where that fails.
+    """
     import imageio_ffmpeg
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{task.env_id.replace('/', '_')}-seed{seed}.mp4"
-    env = gym.make(task.env_id, render_mode="rgb_array", disable_env_checker=True)
-    obs, done = reset_env(env, seed), False
-    frame = env.render()
-    fps = env.metadata.get("render_fps", 30)
-    # Two encoder threads; macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
-    writer = imageio_ffmpeg.write_frames(
-        str(path), (frame.shape[1], frame.shape[0]), fps=fps, macro_block_size=2, output_params=["-threads", "2"]
-    )
-    writer.send(None)
+    path = folder / f"{file_name(task.env_id)}-seed{seed}.mp4"
     try:
-        for _ in range(task.max_episode_steps or ENDLESS):
-            writer.send(np.ascontiguousarray(frame))
-            if done:
-                break
-            action = policy(obs).reshape(env.action_space.shape).astype(env.action_space.dtype)
-            raw, _, terminated, truncated, _ = env.step(action)
-            obs, done = np.asarray(raw, np.float32).ravel(), terminated or truncated
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(gym.make(task.env_id, render_mode="rgb_array", disable_env_checker=True)) as env:
+            obs, done = reset_env(env, seed), False
             frame = env.render()
-    finally:
-        writer.close()
-        env.close()
+            # Two encoder threads; macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
+            writer = imageio_ffmpeg.write_frames(
+                str(path), (frame.shape[1], frame.shape[0]), fps=env.metadata.get("render_fps", 30), macro_block_size=2,
+                output_params=["-threads", "2"],
+            )  # fmt: skip
+            with contextlib.closing(writer):
+                writer.send(None)
+                for _ in range(task.max_episode_steps or ENDLESS):
+                    writer.send(np.ascontiguousarray(frame))
+                    if done:
+                        break
+                    (obs,), _, terminated, truncated = step_envs([env], policy(obs)[None])
+                    done = bool(terminated[0] or truncated[0])
+                    frame = env.render()
+    except Exception as error:  # a full disk, a renderer that has lost its display, ...
+        raise TrainingError(f"cannot write {path}: {' '.join(str(error).split())[:200]}") from error
     return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files, logs and signals of a run
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def file_name(env_id: str) -> str:
+    """The id as a part of a file's name; Weights and Biases and Windows refuse the colon of "module:Env-v0"."""
+    return env_id.replace("/", "_").replace(":", "_")
 
 
 def warn(message: str) -> None:
@@ -2282,13 +2315,20 @@ class Run:
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(
-                project="ppo_vec", name=args.run_name, id=args.run_name, resume="allow", config=dataclasses.asdict(args)
-            )
+            try:
+                self.wandb = wandb.init(
+                    project="ppo_vec", name=args.run_name, id=args.run_name, resume="allow", config=vars(args)
+                )
+            except Exception as error:  # not logged in, no network, an id that it refuses
+                raise UserError(f"--track: {' '.join(str(error).split())}") from error
 
     def __enter__(self) -> Run:
-        self.write("args.json", json.dumps(describe_run(self.args), indent=2).encode())
         args = self.args
+        self.write("args.json", json.dumps(self.describe(), indent=2).encode())
+        with contextlib.suppress(OSError, ValueError):  # of a finished run that goes on
+            summary = json.loads((self.path / "summary.json").read_text())
+            if summary.get("finished") and not self.state.finished:
+                self.write("summary.json", json.dumps({**summary, "finished": False}, indent=2).encode())
         say(f"{args.env_id}, seed {args.seed}, in {self.path}; tuned values: {tuned_flags(args) or 'none'}")
         self.bar = progress_bar(args.total_timesteps, self.steps_before, "step")
         self.handlers = {}
@@ -2329,6 +2369,14 @@ class Run:
     def on_alarm(self, *_: Any) -> None:
         raise Interrupted  # what has happened since the last checkpoint is done again on --resume
 
+    def describe(self) -> dict[str, Any]:
+        """What args.json holds: this session of the run, and under "earlier" those that it continues."""
+        earlier = []
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads((self.path / "args.json").read_text())
+            earlier = [*before.pop("earlier", []), before]
+        return {**describe_run(self.args), "earlier": earlier}
+
     # -- what is written ------------------------------------------------------------------------------------------
 
     def write(self, name: str, data: bytes) -> None:
@@ -2351,8 +2399,9 @@ class Run:
         logs = [log.path.name for log in (self.events, self.episodes) if log.pending]
         return [*self.unwritten, *logs, *(["checkpoint.pt"] if self.save_failing else [])]
 
-    def save(self, state: State) -> None:
+    def save(self) -> None:
         """Writes checkpoint.pt, keeping the one before; a disk that is full does not end the run."""
+        state = self.state
         began = time.perf_counter()
         state.wall_time_s = self.wall_time()
         self.write_again()
@@ -2375,17 +2424,18 @@ class Run:
         self.saved_at = time.perf_counter()
         self.save_cost = self.saved_at - began
 
-    def save_now_and_then(self, state: State) -> None:
+    def save_now_and_then(self) -> None:
         """A checkpoint at a wall-clock cadence that costs at most a hundredth of the time, whatever the disk."""
         if time.perf_counter() - self.saved_at > max(2.0, 100 * self.save_cost):
-            self.save(state)
+            self.save()
 
-    def save_best(self, state: State) -> None:
-        tree = {**policy_dict(state.agent, self.args, self.task), **state.candidates[0]}
+    def save_best(self) -> None:
+        tree = {**policy_dict(self.state.agent, self.args, self.task), **self.state.candidates[0]}
         self.write("best.pt", encode(tree))
 
-    def write_summary(self, state: State, envs: VecEnv, best: dict[str, Any], last: dict[str, Any]) -> None:
+    def write_summary(self, envs: VecEnv, best: dict[str, Any], last: dict[str, Any]) -> None:
         """`best`: the evaluation of best.pt, `last`: of the last weights."""
+        state = self.state
         summary = {
             "env_id": self.args.env_id,
             "seed": self.args.seed,
@@ -2424,10 +2474,11 @@ class Run:
             self.wandb.log(values, step=step)
 
     def log(
-        self, state: State, rollout: Rollout, episodes: list[Episode], metrics: dict[str, float], now: Args,
-        rollout_s: float, update_s: float,
+        self, rollout: Rollout, episodes: list[Episode], metrics: dict[str, float], now: Args, rollout_s: float,
+        update_s: float,
     ) -> None:  # fmt: skip
         """One iteration: TensorBoard, episodes.csv, progress bar. Every tag is explained in the README."""
+        state = self.state
         valid = int(rollout.valid.sum())
         whole = [episode for episode in episodes if not episode.practice]
         for episode in whole:
@@ -2470,9 +2521,9 @@ class Run:
                 return float(agent.mean_logstd(agent.normalizer(rollout.obs[:-1]))[1].exp().mean())
             return float(agent.actor.logstd.exp().mean())
 
-    def log_evaluation(self, state: State, row: dict[str, float]) -> None:
-        self.scalars(state.global_step, {"charts/eval_return": row["mean"]})
-        say(f"step {state.global_step}: evaluation {describe(row)}")
+    def log_evaluation(self, row: dict[str, float]) -> None:
+        self.scalars(self.state.global_step, {"charts/eval_return": row["mean"]})
+        say(f"step {self.state.global_step}: evaluation {describe(row)}")
 
 
 class Interrupted(BaseException):
@@ -2489,7 +2540,7 @@ def progress_bar(total: int, initial: int, unit: str) -> Any:
 
 
 def describe_run(args: Args) -> dict[str, Any]:
-    """What args.json holds: every argument and everything that a result depends on."""
+    """Every argument and everything else that a result depends on."""
 
     def commit() -> str | None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -2651,7 +2702,7 @@ def is_finished(checkpoint: dict[str, Any], args: Args) -> bool:
 
 
 def check_extras(args: Args) -> None:
-    """Raises UserError for a flag whose package is missing: hours later would be a bad time to find out."""
+    """Raises UserError for a flag that cannot work on this machine: hours later would be a bad time to find out."""
     extras = (("--track", args.track, "wandb"), ("--capture-video", args.capture_video, "imageio_ffmpeg"))
     for flag, wanted, module in extras:
         try:
@@ -2659,6 +2710,13 @@ def check_extras(args: Args) -> None:
                 importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"{flag} needs a package: pip install {module.replace('_', '-')}") from error
+    if args.compile:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception as error:
+            raise UserError("--compile needs a C++ compiler, and torch finds none (CXX can name one)") from error
 
 
 def check_memory(args: Args, task: Task) -> None:
@@ -2673,19 +2731,35 @@ def check_memory(args: Args, task: Task) -> None:
             )
 
 
-def prepare_folder(args: Args) -> Args:
-    """Names and makes the run folder. Raises UserError if it cannot be written or holds another run."""
-    name = args.run_name or f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+@contextlib.contextmanager
+def run_folder(args: Args, new: bool) -> Iterator[Args]:
+    """Names and makes the run folder, and keeps other processes out of it. Gives the arguments with its name.
+
+    Raises UserError if it cannot be written, if another process trains in it, or if a `new` run finds files there.
+    """
+    from filelock import FileLock, Timeout  # torch depends on it
+
+    name = args.run_name or f"{file_name(args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
     path = Path(args.runs_dir) / name
+    lock = FileLock(path / ".lock")
+
+    def check_new() -> None:
+        if new and any(file.name != ".lock" for file in path.iterdir()):
+            raise UserError(f"{path} already holds a run; --resume {path} continues it")
+
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise UserError(f"{path} already holds a run; --resume {path} continues it")
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
+        check_new()
+        lock.acquire(timeout=5)  # a trainer that has just been stopped may still be ending
+        check_new()  # another one may have come first
+    except Timeout as error:
+        raise UserError(f"another process is training in {path}") from error
     except OSError as error:
         raise UserError(f"cannot write the run folder {path}: {error.strerror}") from error
-    return dataclasses.replace(args, run_name=name)
+    try:
+        yield dataclasses.replace(args, run_name=name)
+    finally:
+        lock.release()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2696,9 +2770,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = Task.of(args)
         if not args.evaluate:
             check_memory(args, task)
-        if checkpoint is None:
-            args = prepare_folder(args)
-        else:
+        if checkpoint is not None:
             policy = restore_policy(checkpoint)
             if (task.obs_dim, task.action_dim) != (len(policy.mean), policy.action_dim):
                 raise UserError(f"the checkpoint does not fit {args.env_id}: other observations or actions")
@@ -2710,7 +2782,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if is_finished(checkpoint, args):
                 say(f"{Path(args.runs_dir) / args.run_name} is finished; a longer --total-timesteps would extend it")
                 return 0
-        run = train(args, task, checkpoint)
+        with run_folder(args, new=checkpoint is None) as named:
+            run = train(named, task, checkpoint)
         return 128 + run.stopped if run.stopped and not run.state.finished else 0
     except (UserError, TrainingError) as error:
         print(f"ppo_vec.py: error: {error}", file=sys.stderr)

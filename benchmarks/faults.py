@@ -307,6 +307,8 @@ class Tiny(gym.Env):
 
     def __init__(self, fault: str = "", render_mode: str | None = None) -> None:
         self.fault, self.render_mode = fault, render_mode
+        if fault == "slow-reset":
+            time.sleep(0.4)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
         if fault == "discrete":
             self.observation_space = gym.spaces.Discrete(3)

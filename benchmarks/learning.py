@@ -145,6 +145,7 @@ def bootstrap(table: np.ndarray) -> np.ndarray:
 def commits(folders: list[Path]) -> str:
     """Those that the runs began or went on at."""
     infos = [json.loads((f / "args.json").read_text()) for f in folders if (f / "args.json").exists()]
+    infos += [session for info in infos for session in info.get("earlier", ())]
     return ", ".join(sorted({str(info["git_commit"]) for info in infos})) or str(
         ppo_vec.describe_run(ppo_vec.Args())["git_commit"]
     )

@@ -16,12 +16,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import filelock
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 import ppo_vec
 
@@ -159,8 +162,7 @@ BAD_ARGUMENTS = [
 
 @pytest.mark.parametrize("argv", BAD_ARGUMENTS)
 def test_bad_argument(argv: str, no_process: None, capsys: pytest.CaptureFixture[str]) -> None:
-    *_, flag, value = ("", *argv.split())
-    flag = flag if flag.startswith("--") else value if value.startswith("--") else ""
+    *_, flag = (word for word in argv.split() if word.startswith("--"))
     assert_one_line(main(argv.split()), capsys.readouterr(), flag.rstrip("="))
 
 
@@ -308,8 +310,57 @@ def test_missing_extra(
     assert_one_line(main([*tiny(), flag]), capsys.readouterr(), flag)
 
 
+def fail_with(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
 def test_a_video_of_what_cannot_be_rendered(no_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert_one_line(main([*tiny(), "--capture-video"]), capsys.readouterr(), "--capture-video", "render")
+
+
+def test_a_video_without_a_display(
+    no_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(PendulumEnv, "render", fail_with(RuntimeError("no\nOpenGL")))
+    code = main(["--env-id", "Pendulum-v1", "--capture-video"])
+    assert_one_line(code, capsys.readouterr(), "--capture-video", "no OpenGL")
+
+
+def test_track_that_wandb_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail_with(ConnectionError("not\nlogged in"))))
+    assert_one_line(train(tmp_path / "run", *tiny(), "--track"), capsys.readouterr(), "--track", "not logged in")
+
+
+def test_compile_without_a_compiler(
+    no_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(subprocess, "check_output", fail_with(FileNotFoundError()))
+    assert_one_line(main([*tiny(), "--compile"]), capsys.readouterr(), "--compile", "C++ compiler")
+
+
+def test_a_folder_belongs_to_one_process(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two trainers would write the same checkpoints and logs."""
+    held = filelock.FileLock(tiny_run / ".lock")
+    with held:
+        before = digests(tiny_run)
+        code = main(["--resume", str(tiny_run), "--total-timesteps", "9999"])
+        assert_one_line(code, capsys.readouterr(), "another process", str(tiny_run))
+        assert digests(tiny_run) == before
+
+
+def test_a_new_folder_belongs_to_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its name may be that of a run which has been started in the same second, and has written nothing yet."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with filelock.FileLock(run / ".lock"):
+        assert_one_line(train(run), capsys.readouterr(), "another process", str(run))
+    assert train(run) == 0, "a lock that was left behind keeps nobody out"
 
 
 @pytest.mark.parametrize(
@@ -528,6 +579,49 @@ def test_capture_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert any((picture != pictures[0]).any() for picture in pictures), "a still"
 
 
+def test_a_video_that_fails_takes_nothing_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import imageio_ffmpeg
+
+    run = tmp_path / "pendulum"
+    args = "--env-id Pendulum-v1 --num-envs 2 --num-workers 1 --num-steps 32 --total-timesteps 64 --eval-episodes 1"
+    monkeypatch.setattr(imageio_ffmpeg, "write_frames", fail_with(OSError("no space\nleft")))
+    assert train(run, *args.split(), "--capture-video") == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("ppo_vec.py: error: cannot write ")
+    assert last.endswith("no space left")
+    assert json.loads((run / "summary.json").read_text())["finished"] is True
+    assert fingerprint(run)["checkpoint"]["finished"] is True
+    assert ppo_vec.main(["--evaluate", str(run), "--capture-video"]) == 1
+    captured = capsys.readouterr()
+    assert "Pendulum-v1, deterministic: " in captured.out
+    assert captured.err.splitlines()[-1] == last
+
+
+def test_track_logs_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What TensorBoard gets, at the same steps, under the name of the run."""
+    logged: dict[str, list[tuple[int, float]]] = {}
+    session, ended = {}, []
+
+    class Wandb:
+        def log(self, values: dict[str, float], step: int) -> None:
+            for tag, value in values.items():
+                logged.setdefault(tag, []).append((step, pytest.approx(value, rel=1e-6)))  # TensorBoard has float32
+
+        def finish(self) -> None:
+            ended.append(True)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: session.update(given) or Wandb()))
+    run = tmp_path / "run"
+    assert train(run, *tiny(), "--track") == 0
+    assert (session["id"], session["resume"], session["config"]["num_steps"]) == ("run", "allow", 20)
+    scalars = fingerprint(run)["scalars"]
+    assert set(scalars) <= set(logged)
+    assert all(logged[tag] == rows for tag, rows in scalars.items())
+    assert ended == [True]
+
+
 def test_interrupted_evaluation_is_quiet(trained: Path) -> None:
     trainer = Trainer("--evaluate", str(trained), "--eval-episodes", "50000")
     trainer.wait_for(lambda: "0/50000" in trainer.stderr())
@@ -553,8 +647,8 @@ def test_resuming_a_finished_run_changes_nothing(trained: Path, capsys: pytest.C
 def stop_at(steps: int) -> Callable[..., None]:
     """In place of Run.save_now_and_then: ends the run as a signal would."""
 
-    def save(run: ppo_vec.Run, state: ppo_vec.State) -> None:
-        if state.global_step >= steps:
+    def save(run: ppo_vec.Run) -> None:
+        if run.state.global_step >= steps:
             run.stopped = signal.SIGTERM
 
     return save
@@ -591,6 +685,7 @@ def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: pytest.Monk
         assert ppo_vec.main(["--resume", str(run), "--total-timesteps", "200"]) == 143
     interrupted = fingerprint(run)["checkpoint"]
     assert interrupted["finished"] is False, "it would not be continued"
+    assert json.loads((run / "summary.json").read_text())["finished"] is False
     assert ppo_vec.main(["--resume", str(run)]) == 0
     last = fingerprint(run)
     assert 200 <= last["checkpoint"]["global_step"] < 240
@@ -602,7 +697,10 @@ def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: pytest.Monk
     # The schedule had come to its end, and goes back to where the longer one has it at that step.
     (before, _), (_, rate) = last["scalars"]["charts/learning_rate"][count - 1 : count + 1]
     assert rate == pytest.approx(ppo_vec.Args.learning_rate * (1 - before / 200))
-    assert json.loads((run / "args.json").read_text())["args"]["total_timesteps"] == 200
+    saved = json.loads((run / "args.json").read_text())
+    sessions = [*saved["earlier"], saved]
+    assert [session["args"]["total_timesteps"] for session in sessions] == [100, 200, 200]
+    assert all(session["git_commit"] == saved["git_commit"] and session["command"] for session in sessions)
 
 
 def test_run_in_another_folder_than_saved(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ def test_killed_trainer_resumes_bit_equal(reference: faults.Reference, run: Path
     pytest.fail("the run ended before the fault, three times")
 
 
-def test_killed_at_any_file_operation_resumes_bit_equal(run: Path) -> None:
+def test_killed_at_every_fifth_file_operation_resumes_bit_equal(run: Path) -> None:
     """SIGKILL in the middle of the k-th write, or just before the k-th fsync or rename, of everything a run leaves."""
     expected = undisturbed(run)
     resumed = 0
@@ -355,8 +355,9 @@ def test_worker_that_always_fails(run: Path, capsys: pytest.CaptureFixture[str],
 
 
 def test_slow_resets_are_no_hang(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A worker resets many environments in a row; each is progress."""
-    assert train(run, *tiny("slow-reset", 40), "--eval-episodes", "20", "--worker-timeout", "3") == 0
+    """A worker makes and resets many environments in a row, for training and for evaluations; each is progress."""
+    args = (*tiny("slow-reset", 200), "--num-envs", "10", "--num-workers", "1", "--eval-episodes", "5")
+    assert train(run, *args, "--worker-timeout", "3") == 0
     assert "took no step" not in capsys.readouterr().err
 
 

@@ -1251,7 +1251,7 @@ class Block(gym.Env):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             with contextlib.suppress(Exception):  # Linux: the kernel ends this worker with its trainer
                 ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # 1: PR_SET_PDEATHSIG
-            threading.Thread(target=end_with_trainer, daemon=True).start()  # elsewhere
+            threading.Thread(target=end_with, args=(trainer,), daemon=True).start()  # elsewhere: within a second
 
     def rollout(self, given_actions: bool = False) -> str | None:
         """Steps the block num_steps times, acting on the shared noise.
@@ -1369,9 +1369,10 @@ class Block(gym.Env):
             return traceback.format_exc()
 
 
-def end_with_trainer() -> None:
-    """Ends this worker with the trainer, even while an environment hangs."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+def end_with(trainer: int) -> None:
+    """Ends this worker soon after the trainer has: a sibling may keep the pipe open that would have told it."""
+    while os.getppid() == trainer and multiprocessing.parent_process().is_alive():  # forked, spawned on Windows
+        time.sleep(1)
     os._exit(1)
 
 

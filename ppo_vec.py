@@ -2647,8 +2647,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Args, dict[str, Any] | None]:
         raise UserError(f"{where} was trained on {saved.env_id}, not on {known.env_id}")
     if ":" in saved.env_id and known.env_id is None:
         raise UserError(f"{where} would import code; if you trust it, add --env-id {saved.env_id!r}")
-    if known.evaluate:  # what the run asked for beside its training
-        saved = dataclasses.replace(saved, track=False, capture_video=False)
+    if known.evaluate:  # what only a training needs
+        saved = dataclasses.replace(saved, track=False, capture_video=False, compile=False)
     args = tyro.cli(Args, args=list(argv), default=saved)
     args.validate()
     mode, changeable = ("resumed", CHANGEABLE) if known.resume else ("evaluated", CHOSEN)

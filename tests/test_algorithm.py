@@ -1764,15 +1764,9 @@ def test_a_walker_learns_to_walk_within_a_hundred_thousand_steps() -> None:
     assert max(means) > 50, means
 
 
-def trained_weights(folder: Path) -> np.ndarray:
-    """Those of actor and critic in a run's checkpoint, as one vector."""
-    agent = ppo_vec.read_checkpoint(str(folder))[1]["agent"]
-    return np.concatenate([w.cpu().numpy().ravel() for name, w in agent.items() if "normalizer" not in name])
-
-
-def initial_weights(args: Args) -> np.ndarray:
-    agent = State(args, Task.of(args), CPU).agent
-    return np.concatenate([w.numpy().ravel() for name, w in agent.state_dict().items() if "normalizer" not in name])
+def network_weights(agent: dict[str, Tensor]) -> Tensor:
+    """Those of actor and critic, as one vector."""
+    return torch.cat([w.flatten() for name, w in agent.items() if "normalizer" not in name])
 
 
 ONE_ITERATION: dict[str, Any] = {"env_id": PENDULUM, "num_envs": 3, "num_steps": 80, "total_timesteps": 240}
@@ -1780,12 +1774,14 @@ ONE_ITERATION: dict[str, Any] = {"env_id": PENDULUM, "num_envs": 3, "num_steps":
 
 def assert_same_update(tmp_path: Path, **settings: Any) -> Path:
     """One iteration with `settings` moves the weights as one without: their difference is small against the step."""
-    folders = [run_train(tmp_path, **ONE_ITERATION, eval_episodes=1, **s)[0] for s in ({}, settings)]
-    expected, found = map(trained_weights, folders)
-    step = np.linalg.norm(expected - initial_weights(make_args(**ONE_ITERATION)))
+    args = make_args(**ONE_ITERATION)
+    first = network_weights(State(args, Task.of(args), CPU).agent.state_dict())
+    runs = [run_train(tmp_path, **ONE_ITERATION, eval_episodes=1, **some) for some in ({}, settings)]
+    expected, found = (network_weights(tree["agent"]) for _, tree in runs)
+    step = (expected - first).norm()
     assert step > 0.01
-    assert np.linalg.norm(found - expected) < 0.05 * step
-    return folders[1]
+    assert (found - expected).norm() < 0.05 * step
+    return runs[1][0]
 
 
 def test_compiled_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,11 +337,17 @@ def test_track_that_wandb_refuses(
 
 
 def test_compile_without_a_compiler(
-    no_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_run: Path, no_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A training needs one; what was trained with one does not."""
+    tree = ppo_vec.decode((tiny_run / "best.pt").read_bytes())
+    compiled = tmp_path / "best.pt"
+    compiled.write_bytes(ppo_vec.encode(faults.replaced(tree, ("args", "compile"), True)))
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(subprocess, "check_output", fail_with(FileNotFoundError()))
     assert_one_line(main([*tiny(), "--compile"]), capsys.readouterr(), "--compile", "C++ compiler")
+    assert main(["--evaluate", str(compiled), "--eval-episodes", "1"]) == 0
 
 
 def test_a_folder_belongs_to_one_process(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

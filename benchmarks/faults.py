@@ -521,8 +521,8 @@ class Fuzz:
         kept: list[bytes] = []
         real = ppo_vec.Run.save
 
-        def save(run: ppo_vec.Run, state: ppo_vec.State) -> None:
-            real(run, state)
+        def save(run: ppo_vec.Run) -> None:
+            real(run)
             kept.append((run.path / "checkpoint.pt").read_bytes())
 
         with (
@@ -833,14 +833,14 @@ def bench_cost(options: argparse.Namespace, folder: Path) -> Row:
     timed = f"""{common}
 import atexit, time
 real, spent = ppo_vec.Run.save, [0.0]
-def save(run, state):
+def save(run):
     began = time.perf_counter()
-    real(run, state)
+    real(run)
     spent[0] += time.perf_counter() - began
 ppo_vec.Run.save = save
 atexit.register(lambda: print("saving took", spent[0], file=sys.stderr))"""
     bare = f"""{common}
-ppo_vec.Run.save = lambda run, state: None
+ppo_vec.Run.save = lambda run: None
 ppo_vec.Workers.run = lambda workers, beats, name, *a: (workers.call_async(name, *a), list(workers.call_wait()))[1]"""
     row, began = Row("cost of checkpoints and healing", tried=1), time.monotonic()
     speeds: dict[str, list[float]] = {"on": [], "off": []}

@@ -592,8 +592,8 @@ def test_damaged_newest_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]
     expected = fingerprint(run.with_name("whole"))
     real = ppo_vec.Run.save
 
-    def stop_after_four(run: ppo_vec.Run, state: ppo_vec.State) -> None:
-        real(run, state)
+    def stop_after_four(run: ppo_vec.Run) -> None:
+        real(run)
         kept.append((run.path / "checkpoint.pt").read_bytes())
         if len(kept) == 4:
             run.stopped = signal.SIGTERM
@@ -612,8 +612,8 @@ def test_damaged_newest_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]
         newest.unlink()
     capsys.readouterr()
 
-    def safe(run: ppo_vec.Run, state: ppo_vec.State) -> None:
-        real(run, state)
+    def safe(run: ppo_vec.Run) -> None:
+        real(run)
         ppo_vec.decode((run.path / "checkpoint.pt").read_bytes())
         if damage != "missing":
             ppo_vec.decode((run.path / "checkpoint.previous.pt").read_bytes())

@@ -51,6 +51,7 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "no-critic-progress": "--num-envs 16 --no-critic-progress",
     "no-bounds-loss": "--num-envs 16 --bounds-loss-coef 0",
     "std-1": "--num-envs 16 --initial-std 1",
+    "gamma-0.98": "--num-envs 16 --final-gamma 0.98",
 }
 
 

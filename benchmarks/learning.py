@@ -52,6 +52,7 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "no-bounds-loss": "--num-envs 16 --bounds-loss-coef 0",
     "std-1": "--num-envs 16 --initial-std 1",
     "gamma-0.98": "--num-envs 16 --final-gamma 0.98",
+    "no-entropy-bonus": "--num-envs 16 --ent-coef 0",
 }
 
 

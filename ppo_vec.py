@@ -154,6 +154,8 @@ class Args:
 
     initial_std: float = 1.0
     """the standard deviation of the first actions, in units of the action bounds"""
+    min_std: float = 0.0
+    """what the deviation does not fall below; the smaller the noise, the less of it the advantages tell from chance"""
     actor_hidden_sizes: tuple[int, ...] = (64, 64)
     """the widths of the actor's hidden layers"""
     critic_hidden_sizes: tuple[int, ...] = (64, 64)
@@ -201,7 +203,7 @@ class Args:
                 check(value is None or value > 0, f"{flag} must be greater than 0, not {value}")
             if f.name in ("gamma", "final_gamma", "gae_lambda", "value_lambda"):
                 check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
-            if f.name in ("ent_coef", "bounds_loss_coef", "vf_coef", "action_cost", "seed"):
+            if f.name in ("ent_coef", "bounds_loss_coef", "vf_coef", "action_cost", "min_std", "seed"):
                 check(value >= 0, f"{flag} must not be negative, not {value}")
             if f.name == "practice":
                 check(0 <= value < 1, f"{flag} must lie in [0, 1), not {value}")
@@ -215,6 +217,8 @@ class Args:
         for flag, value in (("--fall-reward", self.fall_reward), ("--final-fall-reward", self.final_fall_reward)):
             check(value is None or value < 0, f"{flag} must be less than 0, not {value}")
         check(self.final_fall_reward is None or self.fall_reward is not None, "--final-fall-reward needs --fall-reward")
+        check(not (self.min_std and self.state_dependent_std), "--min-std and --state-dependent-std exclude each other")
+        check(self.min_std <= self.initial_std, "--min-std must not be more than --initial-std")
         check(self.activation in ACTIVATIONS, f"--activation must be one of {', '.join(ACTIVATIONS)}")
         check(
             self.num_workers is None or self.num_workers <= self.num_envs,
@@ -253,10 +257,10 @@ TUNED: dict[str, dict[str, Any]] = {
         "ent_coef": 0.001, "initial_std": 0.5, "activation": "relu", "state_dependent_std": True,
     },
     "BipedalWalkerHardcore-v3": {
-        "practice": 0.5, "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 4e-4,
+        "practice": 0.5, "total_timesteps": 20_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 4e-4,
         "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "initial_std": 0.5,
-        "critic_progress": True, "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
+        "min_std": 0.25, "critic_progress": True, "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
 
@@ -686,6 +690,8 @@ def update(
         lambda: descend(agent.actor, optimizers[0], actor_loss, actor_data, args.max_grad_norm, args.target_kl),
         lambda: descend(agent.critic, optimizers[1], critic_loss, critic_data, args.max_grad_norm),
     )
+    if args.min_std:
+        agent.actor.logstd.data.clamp_(min=math.log(args.min_std))
     metrics: dict[str, float] = {}
     for table, names in zip(tables, ((*POLICY_METRICS, "policy_grad_norm"), ("value_loss", "value_grad_norm"))):
         bad = (~table.isfinite()).nonzero().tolist()

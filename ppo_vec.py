@@ -155,7 +155,7 @@ class Args:
     initial_std: float = 1.0
     """the standard deviation of the first actions, in units of the action bounds"""
     min_std: float = 0.0
-    """what the deviation does not fall below; the smaller the noise, the less of it the advantages tell from chance"""
+    """the deviation does not fall below this: what little noise does to an episode is hardly to be told from chance"""
     actor_hidden_sizes: tuple[int, ...] = (64, 64)
     """the widths of the actor's hidden layers"""
     critic_hidden_sizes: tuple[int, ...] = (64, 64)

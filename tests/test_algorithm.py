@@ -1039,6 +1039,21 @@ def test_actor_and_critic_move_by_their_own_rates() -> None:
     assert moved[1] == pytest.approx(1e-2, rel=0.1)
 
 
+def test_the_deviation_does_not_fall_below_its_floor() -> None:
+    free = make_args(num_envs=4, num_steps=32, initial_std=0.5, learning_rate=0.02)
+    floored = dataclasses.replace(free, min_std=0.5)
+    agents = {}
+    for args in (free, floored):
+        agent = agents[args.min_std] = make_agent(args)
+        agent.actor.logstd.data.fill_(math.log(0.5))
+        _, optimizers = run_update(args, agent, fake_rollout(args, agent))
+        assert optimizers[0].param_groups[0]["params"][0][:3].tolist() == agent.actor.logstd.tolist()  # what Adam steps
+    wanted = agents[0.0].actor.logstd.clamp(min=math.log(0.5))
+    assert set((agents[0.0].actor.logstd < math.log(0.5)).tolist()) == {True, False}
+    assert torch.equal(agents[0.5].actor.logstd, wanted)
+    assert torch.equal(agents[0.5].actor[0].weight, agents[0.0].actor[0].weight)
+
+
 def targets_by_row(args: Args, agent: Agent, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
     """The advantages and returns (T, N) that the losses are given. Rows are told apart by their log probability."""
     rollout.logprobs.copy_(torch.arange(args.batch_size).view_as(rollout.logprobs) / 1000)

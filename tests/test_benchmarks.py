@@ -15,7 +15,6 @@ import ppo_vec
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import faults
-import hardcore
 import learning
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "throughput.py"
@@ -90,26 +89,3 @@ def test_a_run_of_other_settings_is_no_row(tmp_path: Path) -> None:
             with pytest.raises(SystemExit, match="other settings"):
                 learning.refuse_another_run(options, folder, seed)
         learning.refuse_another_run(learning.Options("other"), tmp_path / "new", 3)
-
-
-def test_the_hardcore_run_goes_on_with_other_arguments_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr(ppo_vec, "main", lambda argv: called.append(argv) or 7)
-    assert hardcore.main(tmp_path / "run") == 7
-    args, checkpoint = ppo_vec.parse_args(called[0])
-    _, start = ppo_vec.parse_args(["--resume", str(hardcore.START)])
-    assert args.total_timesteps == 14_000_000
-    assert args.run_name == "run"
-    assert checkpoint["global_step"] == start["global_step"] == 10_002_796
-    assert {k: v for k, v in checkpoint["args"].items() if v != start["args"][k]} == hardcore.CHANGED
-    # The discount and the price of a fall are those that the 10M steps end with, now and to the end.
-    end = ppo_vec.scheduled(ppo_vec.saved_args(start), start["global_step"])
-    for step in (start["global_step"], args.total_timesteps):
-        now = ppo_vec.scheduled(args, step)
-        assert (now.gamma, now.fall_reward, now.action_cost) == pytest.approx(
-            (end.gamma, end.fall_reward, end.action_cost)
-        )
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"further on")
-    hardcore.main(tmp_path / "run")
-    assert called[1] == called[0]
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == b"further on"

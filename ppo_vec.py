@@ -118,7 +118,7 @@ class Args:
     gamma: float = 0.99
     """the discount factor"""
     final_gamma: float | None = None
-    """let 1 - gamma change in equal ratios to this over --ramp; default: constant"""
+    """let 1 - gamma change in equal ratios to this by the end of training; default: constant"""
     gae_lambda: float = 0.95
     """the lambda of generalized advantage estimation"""
     value_lambda: float | None = None
@@ -146,11 +146,9 @@ class Args:
     fall_reward: float | None = None
     """the normalised reward of a fall (-100) at the start of training; default: what normalising makes of it"""
     final_fall_reward: float | None = None
-    """let it change in equal ratios to this over --ramp; default: constant"""
+    """let it change in equal ratios to this by the end of training; default: constant"""
     action_cost: float = 0.0
-    """reward that training takes for each unit of |action|, beside the environment; rises from 0 over half of --ramp"""
-    ramp: float = 1.0
-    """the share of training over which discount and price of a fall come to their ends, where they stay"""
+    """reward that training takes for each unit of |action|, beside the environment; rises from 0 over its first half"""
     compile: bool = False
     """torch.compile the loss (needs a C++ compiler; pays on long runs)"""
 
@@ -207,8 +205,6 @@ class Args:
                 check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
             if f.name in ("ent_coef", "bounds_loss_coef", "vf_coef", "action_cost", "min_std", "seed"):
                 check(value >= 0, f"{flag} must not be negative, not {value}")
-            if f.name == "ramp":
-                check(0 < value <= 1, f"{flag} must lie in (0, 1], not {value}")
             if f.name == "practice":
                 check(0 <= value < 1, f"{flag} must lie in [0, 1), not {value}")
             if f.name.endswith("hidden_sizes"):
@@ -737,8 +733,8 @@ def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.o
 def scheduled(args: Args, global_step: int) -> Args:
     """The arguments of the iteration that starts at `global_step`.
 
-    Learning rates and entropy bonus fall linearly. Over --ramp discount and the price of a fall change in equal ratios;
-    the action cost grows with the square of the steps over the first half of it.
+    Learning rates and entropy bonus fall linearly; discount and the price of a fall change in equal ratios; the action
+    cost grows with the square of the steps over the first half.
 
     The discount of BipedalWalker rises: a short horizon finds a gait soon, and a fast one; but undiscounted returns pay
     nothing for speed, and only a longer horizon weighs a fall by all that it costs. The price of a fall rises, too: at
@@ -748,10 +744,9 @@ def scheduled(args: Args, global_step: int) -> Args:
     course lacks to the ceiling is the price of its torque, but at that price alone a gait hardly changes any more.
     """
     progress = min(global_step / args.total_timesteps, 1)
-    ramp = min(progress / args.ramp, 1)
 
     def geometric(start: float, end: float) -> float:
-        return start ** (1 - ramp) * end**ramp
+        return start ** (1 - progress) * end**progress
 
     left = 1 - progress if args.anneal_lr else 1.0
     fall, final_fall = args.fall_reward, args.final_fall_reward
@@ -762,7 +757,7 @@ def scheduled(args: Args, global_step: int) -> Args:
         ent_coef=left * args.ent_coef,
         gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
         fall_reward=fall if final_fall is None else -geometric(-fall, -final_fall),
-        action_cost=min(1, 2 * ramp) ** 2 * args.action_cost,
+        action_cost=min(1, 2 * progress) ** 2 * args.action_cost,
     )
 
 

@@ -37,7 +37,6 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "default-2m": "--num-envs 16 --cuda --total-timesteps 2000000",
     "lander": "--env-id LunarLanderContinuous-v3",
     "hardcore": "--env-id BipedalWalkerHardcore-v3",
-    "hardcore-16m": "--env-id BipedalWalkerHardcore-v3 --total-timesteps 16000000 --learning-rate 4e-4 --ramp 0.6",
     # The two systems of the README's last section.
     "notebook": "--env-id LunarLanderContinuous-v3 --activation relu --state-dependent-std --learning-rate 3e-4 "
     "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "

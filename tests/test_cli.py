@@ -140,8 +140,6 @@ BAD_ARGUMENTS = [
     "--fall-reward 1",
     "--fall-reward -1 --final-fall-reward 0",
     "--env-id Pendulum-v1 --final-fall-reward -1",
-    "--ramp 0",
-    "--ramp 1.1",
     "--initial-std 0",
     "--min-std -0.1",
     "--initial-std 0.2 --min-std 0.3",

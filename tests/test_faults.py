@@ -510,7 +510,7 @@ def test_full_disk_to_the_end_is_an_error(
 def test_file_size_limit_of_the_kernel(run: Path, limit: int) -> None:
     """A real error in the middle of a write, of every file that grows past `limit` bytes: partial writes included."""
     trainer = Trainer(
-        *tiny("", 400), "--runs-dir", str(run.parent), "--run-name", run.name, patch=f"{EAGER}\n{SLOW}"
+        *tiny("", 800), "--runs-dir", str(run.parent), "--run-name", run.name, patch=f"{EAGER}\n{SLOW}"
     )  # fmt: skip
     trainer.wait_checkpoint(run)
     trainer.wait_for(lambda: len(trainer.workers()) == 2)  # to start them takes a semaphore: a file, too
@@ -519,13 +519,13 @@ def test_file_size_limit_of_the_kernel(run: Path, limit: int) -> None:
     if limit > 1:
         trainer.wait_for(lambda: "cannot write a checkpoint" in trainer.stderr())
     else:
-        time.sleep(2)
+        time.sleep(1)  # of 3 or more: the evaluation at the end takes semaphores, too
     resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (hard, hard))
     result = trainer.finish().check()
     if limit > 1:
         assert result.err.count("cannot write a checkpoint") == 1, result.err
         assert "checkpoints can be written again" in result.err
-    assert_same(run, undisturbed(run, *tiny("", 400)))
+    assert_same(run, undisturbed(run, *tiny("", 800)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

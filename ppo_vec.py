@@ -67,6 +67,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import _async_worker
 from gymnasium.wrappers import TimeLimit
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -141,6 +142,8 @@ class Args:
     """the weight of the value loss; the critic is a network of its own, so this only moves where its clipping begins"""
     max_grad_norm: float = 0.5
     """the largest gradient norm, of actor and critic each"""
+    swa_share: float = 0.0
+    """the last share of training over which weights are averaged: their mean joins the choice of what is delivered"""
     target_kl: float | None = None
     """end the actor's update before the minibatch whose approximate KL divergence passes this"""
     fall_reward: float | None = None
@@ -205,7 +208,7 @@ class Args:
                 check(value is None or 0 <= value <= 1, f"{flag} must lie in [0, 1], not {value}")
             if f.name in ("ent_coef", "bounds_loss_coef", "vf_coef", "action_cost", "min_std", "seed"):
                 check(value >= 0, f"{flag} must not be negative, not {value}")
-            if f.name == "practice":
+            if f.name in ("practice", "swa_share"):
                 check(0 <= value < 1, f"{flag} must lie in [0, 1), not {value}")
             if f.name.endswith("hidden_sizes"):
                 check(all(size >= 1 for size in value), f"{flag} must all be at least 1, not {value}")
@@ -730,6 +733,17 @@ def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.o
     return adam(agent.actor), adam(agent.critic)
 
 
+def average_weights(average: AveragedModel, agent: Agent, args: Args, global_step: int) -> None:
+    """Keeps the mean of the weights since the last --swa-share of training began (Izmailov et al. 2018, 1803.05407).
+
+    Late in training a minibatch's gradient is nearly all noise, and the weights wander about what they have learned.
+    """
+    if args.swa_share and global_step > (1 - args.swa_share) * args.total_timesteps:
+        average.update_parameters(agent)
+    else:
+        average.n_averaged.zero_()
+
+
 def scheduled(args: Args, global_step: int) -> Args:
     """The arguments of the iteration that starts at `global_step`.
 
@@ -879,6 +893,7 @@ def train(args: Args, task: Task, checkpoint: dict[str, Any] | None = None) -> R
             collected = time.perf_counter()
             metrics = update(state.agent, state.optimizers, rollout, now, state.shuffle_rng, losses)
             state.agent.update_normalizers(rollout)
+            average_weights(state.average, state.agent, args, state.global_step)
             updated = time.perf_counter()
 
             state.iteration += 1
@@ -1792,6 +1807,7 @@ class State:
         torch.manual_seed(int(init.generate_state(1)[0]))
         self.args, self.task = args, task
         self.agent = task.agent(args).to(device)
+        self.average = AveragedModel(self.agent, use_buffers=True)
         self.optimizers = make_optimizers(self.agent, args)
         self.reward_scaler = RewardScaler(args.num_envs)
         self.noise_rng = np.random.Generator(np.random.PCG64(noise))
@@ -1821,6 +1837,7 @@ class State:
         scaler = self.reward_scaler
         return {
             **policy_dict(self.agent, self.args, self.task),
+            "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "reward_scaler": {**scaler.moments.state_dict(), "returns": torch.from_numpy(scaler.returns)},
             "noise_rng": self.noise_rng.bit_generator.state,
@@ -1863,6 +1880,7 @@ class State:
                 if not fits(saved[key], pattern[key]):
                     raise ValueError(f"{key} is not what was expected")
             self.agent.load_state_dict(saved["agent"])
+            self.average.load_state_dict(saved["average"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
             moments = dict(saved["reward_scaler"])
@@ -2143,13 +2161,21 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     """The end of a run: the choice of what it delivers, and the test of that and of the last weights.
 
     A few periodic episodes cannot tell a policy that falls once in fifty from one that falls once in ten. So the
-    candidates meet on fresh selection seeds, and the best of them and the last policy on more; the winner is best.pt.
-    The test, on other seeds and the published environment, chooses nothing.
+    candidates meet on fresh selection seeds, and the best of them, the last policy and, with --swa-share, the mean of
+    the last weights on more; the winner is best.pt. The test, on other seeds and the published environment, chooses
+    nothing.
     """
     goal = state.task.goal
-    last = {"agent": copy.deepcopy(state.agent.state_dict()), "evaluation": {"global_step": state.global_step}}
+    last, average = (
+        {"agent": copy.deepcopy(agent.state_dict()), "evaluation": {"global_step": state.global_step}}
+        for agent in (state.agent, state.average.module)
+    )
     others = [c for c in state.candidates if c["evaluation"]["global_step"] != state.global_step]
     agent = copy.deepcopy(state.agent)
+
+    def name_of(candidate: dict[str, Any]) -> str:
+        kind = "mean weights up to" if candidate is average else "weights of"
+        return f"{kind} step {candidate['evaluation']['global_step']}"
 
     def evaluate(candidate: dict[str, Any], first: int, count: int, as_published: bool) -> dict[str, float]:
         agent.load_state_dict(candidate["agent"])
@@ -2163,12 +2189,12 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
             step = candidate["evaluation"]["global_step"]
             result = evaluate(candidate, first, count, as_published=False)
             candidate["evaluation"] = {"global_step": step, "time_s": run.wall_time(), **result}
-            say(f"choosing: weights of step {step}: {describe(result)}")
+            say(f"choosing: {name_of(candidate)}: {describe(result)}")
 
     if len(others) > FINALISTS:
         compete(others, min(HEAT_EPISODES, args.eval_episodes))
         others.sort(key=standing, reverse=True)
-    state.candidates = [last, *others[:FINALISTS]]
+    state.candidates = [last, *[average] * bool(args.swa_share), *others[:FINALISTS]]
     compete(state.candidates, 2 * args.eval_episodes)
     state.evaluations.append(last["evaluation"])
     run.log_evaluation(last["evaluation"])
@@ -2181,7 +2207,7 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     last_test = evaluate(last, TEST_SEEDS, args.eval_episodes, as_published=True)
     best_test = last_test if best is last else evaluate(best, TEST_SEEDS, args.eval_episodes, as_published=True)
     say(f"test on unseen episodes of the published environment: last weights {describe(last_test)}")
-    say(f"delivered policy, of step {best['evaluation']['global_step']}: {describe(best_test)}")
+    say(f"delivered policy, {name_of(best)}: {describe(best_test)}")
     state.finished = True
     run.write_summary(envs, best_test, last_test)
     run.save()

@@ -361,7 +361,7 @@ def tiny(fault: str = "", steps: int = 120) -> tuple[str, ...]:
     return (
         "--env-id", tiny_id(fault), "--num-envs", "2", "--num-workers", "2", "--num-steps", "20",
         "--num-minibatches", "2", "--update-epochs", "1", "--total-timesteps", str(steps), "--eval-episodes", "1",
-        "--actor-hidden-sizes", "4", "--critic-hidden-sizes", "4",
+        "--actor-hidden-sizes", "4", "--critic-hidden-sizes", "4", "--swa-share", "0.5",
     )  # fmt: skip
 
 

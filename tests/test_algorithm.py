@@ -1054,6 +1054,27 @@ def test_the_deviation_does_not_fall_below_its_floor() -> None:
     assert torch.equal(agents[0.5].actor[0].weight, agents[0.0].actor[0].weight)
 
 
+def test_the_mean_of_the_weights_begins_with_the_last_share_of_training() -> None:
+    args = make_args(total_timesteps=1000, swa_share=0.25)
+    agent = make_agent(args)
+    average = ppo_vec.AveragedModel(agent, use_buffers=True)
+
+    def after(args: Args, step: int, value: float) -> tuple[int, set[float]]:
+        for tensor in agent.state_dict().values():
+            tensor.fill_(value)
+        ppo_vec.average_weights(average, agent, args, step)
+        return int(average.n_averaged), {x for t in average.module.state_dict().values() for x in t.flatten().tolist()}
+
+    assert after(args, 700, 1.0)[0] == after(args, 750, 2.0)[0] == 0
+    assert after(args, 760, 3.0) == (1, {3.0})
+    assert after(args, 900, 4.0) == (2, {3.5})
+    assert after(args, 1010, 6.5) == (3, {4.5})
+    longer = dataclasses.replace(args, total_timesteps=2000)  # the run goes on: what was its end is so no more
+    assert after(longer, 1020, 7.0)[0] == 0
+    assert after(longer, 1501, 8.0) == (1, {8.0})
+    assert {x for t in agent.state_dict().values() for x in t.flatten().tolist()} == {8.0}
+
+
 def targets_by_row(args: Args, agent: Agent, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
     """The advantages and returns (T, N) that the losses are given. Rows are told apart by their log probability."""
     rollout.logprobs.copy_(torch.arange(args.batch_size).view_as(rollout.logprobs) / 1000)
@@ -1755,6 +1776,40 @@ def test_other_environments_train_end_to_end(
     policy, task = ppo_vec.load_policy(folder), Task.of(make_args(env_id=env_id))
     returns = [ret for ret, _ in run_episodes(task, policy, used[True][-1], as_published=True)]
     assert np.mean(returns) == pytest.approx(summary["eval_mean"])
+
+
+def test_mean_weights_join_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, average_weights = [], ppo_vec.average_weights
+
+    def spy(average: Any, agent: Agent, args: Args, step: int) -> None:
+        average_weights(average, agent, args, step)
+        seen.append((step, snapshot(agent.state_dict())))
+
+    monkeypatch.setattr(ppo_vec, "average_weights", spy)
+    settings = {"env_id": PENDULUM, "num_envs": 2, "num_steps": 50, "total_timesteps": 800, "eval_episodes": 2}
+    _, without = run_train(tmp_path, **settings)
+    assert without["average"]["n_averaged"] == 0
+    seen.clear()
+    folder, tree = run_train(tmp_path, **settings, swa_share=0.5)
+    assert_same(plain(tree["agent"]), plain(without["agent"]))  # training knows nothing of it
+    late = [weights for step, weights in seen if step > 400]
+    assert tree["average"]["n_averaged"] == len(late) == 5
+    for name, last in tree["agent"].items():
+        mean = tree["average"][f"module.{name}"]
+        assert torch.allclose(mean, torch.stack([w[name] for w in late]).mean(0), rtol=1e-5, atol=1e-7), name
+        assert mean.dtype == last.dtype
+
+    def at_the_end(tree: dict[str, Any]) -> list[dict[str, Tensor]]:
+        return [c["agent"] for c in tree["candidates"] if c["evaluation"]["global_step"] == tree["global_step"]]
+
+    assert len(at_the_end(without)) == 1
+    candidates = {float(agent["actor.0.weight"][0, 0]) for agent in at_the_end(tree)}
+    assert candidates == {
+        float(tree["agent"]["actor.0.weight"][0, 0]),
+        float(tree["average"]["module.actor.0.weight"][0, 0]),
+    }
+    best = ppo_vec.decode((folder / "best.pt").read_bytes())
+    assert float(best["agent"]["actor.0.weight"][0, 0]) == float(tree["candidates"][0]["agent"]["actor.0.weight"][0, 0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

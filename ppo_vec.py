@@ -735,9 +735,10 @@ def make_optimizers(agent: Agent, args: Args) -> tuple[torch.optim.Adam, torch.o
 
 
 def average_weights(average: AveragedModel, agent: Agent, args: Args, global_step: int) -> None:
-    """Keeps the mean of the weights since the last --swa-share of training began (Izmailov et al. 2018, 1803.05407).
+    """Keeps the mean of the weights since the last --swa-share of training began; before that, there is none.
 
-    Late in training a minibatch's gradient is nearly all noise, and the weights wander about what they have learned.
+    Late in training a minibatch's gradient is nearly all noise, and the weights wander about what they have learned:
+    their mean is nearer to it (Izmailov et al. 2018, arXiv:1803.05407).
     """
     if args.swa_share and global_step > (1 - args.swa_share) * args.total_timesteps:
         average.update_parameters(agent)
@@ -1808,7 +1809,7 @@ class State:
         torch.manual_seed(int(init.generate_state(1)[0]))
         self.args, self.task = args, task
         self.agent = task.agent(args).to(device)
-        self.average = AveragedModel(self.agent, use_buffers=True)
+        self.average = AveragedModel(self.agent, use_buffers=True)  # average_weights
         self.optimizers = make_optimizers(self.agent, args)
         self.reward_scaler = RewardScaler(args.num_envs)
         self.noise_rng = np.random.Generator(np.random.PCG64(noise))
@@ -2168,8 +2169,8 @@ def deliver(envs: VecEnv, state: State, run: Run, args: Args) -> None:
     """
     goal = state.task.goal
     last, average = (
-        {"agent": copy.deepcopy(agent.state_dict()), "evaluation": {"global_step": state.global_step}}
-        for agent in (state.agent, state.average.module)
+        {"agent": copy.deepcopy(net.state_dict()), "evaluation": {"global_step": state.global_step}}
+        for net in (state.agent, state.average.module)
     )
     others = [c for c in state.candidates if c["evaluation"]["global_step"] != state.global_step]
     agent = copy.deepcopy(state.agent)

@@ -1,0 +1,94 @@
+"""Fingerprints of short trainings: whether a change, another machine or another BLAS kernel gives other bits.
+
+    python benchmarks/fingerprint.py                                        # this checkout
+    python benchmarks/fingerprint.py --program OTHER/ppo_vec.py             # another one: the same lines?
+    OPENBLAS_CORETYPE=Haswell python benchmarks/fingerprint.py              # the same lines on any machine with AVX2?
+
+Each training runs twice: undisturbed, and killed once with `kill -9` and resumed. Both must end with the same bits;
+their SHA-256 (of the weights and normalizers, and of the training episodes) is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--total-timesteps", "60000", "--eval-episodes", "2"]
+SETTINGS = {
+    "default": ["--num-envs", "16"],
+    "hardcore": ["--env-id", "BipedalWalkerHardcore-v3"],
+    "lander": ["--env-id", "LunarLanderContinuous-v3"],
+    "notebook": (
+        "--env-id LunarLanderContinuous-v3 --activation relu --state-dependent-std --learning-rate 3e-4 "
+        "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "
+        "--update-epochs 10 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.001 --initial-std 1"
+    ).split(),
+    "tutorial": (
+        "--actor-hidden-sizes 64 64 64 --critic-hidden-sizes 128 128 --activation relu --clip-vloss "
+        "--initial-std 1 --learning-rate 3.5e-4"
+    ).split(),
+}
+
+
+def fingerprint(run: Path) -> str:
+    """The SHA-256 of what a run has learned, and of the episodes that it has seen, 16 digits each."""
+    agent = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
+    weights, episodes = hashlib.sha256(), hashlib.sha256()
+    for name in sorted(agent):
+        if name.startswith(("actor.", "critic.", "normalizer.")):
+            weights.update(name.encode() + agent[name].contiguous().numpy().tobytes())
+    for line in (run / "episodes.csv").read_text().splitlines()[1:]:
+        step, _, *rest = line.split(",")  # without the time
+        episodes.update(",".join((step, *rest)).encode())
+    return f"{weights.hexdigest()[:16]} {episodes.hexdigest()[:16]}"
+
+
+def train(program: Path, run: Path, flags: list[str], kill_after: float | None) -> float:
+    """One training, killed that many seconds after its first checkpoint. Returns seconds from there to its end."""
+    command = [sys.executable, str(program)]
+    where = ["--runs-dir", str(run.parent), "--run-name", run.name]
+    with open(run.with_suffix(".log"), "a") as log:
+        process = subprocess.Popen([*command, *flags, *where], stdout=log, stderr=log)
+        while not (run / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        started = time.monotonic()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            process.send_signal(signal.SIGKILL)
+            if process.wait() != -signal.SIGKILL:
+                sys.exit(f"fingerprint.py: error: {run.name} ended before it could be killed")
+            process = subprocess.Popen([*command, "--resume", str(run)], stdout=log, stderr=log)
+        if process.wait() != 0:
+            sys.exit(f"fingerprint.py: error: {run.name} failed:\n{run.with_suffix('.log').read_text()[-2000:]}")
+    return time.monotonic() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", type=Path, default=ROOT / "ppo_vec.py", help="the trainer")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--flags", nargs="*", default=[], help="more flags of the trainer (after a space)")
+    options = parser.parse_args()
+    for name in options.settings:
+        flags = [*SETTINGS[name], *SHORT, *options.flags]
+        with tempfile.TemporaryDirectory() as folder:
+            runs = Path(folder)
+            seconds = train(options.program, runs / "whole", flags, None)
+            train(options.program, runs / "killed", flags, 0.4 * seconds)
+            whole, killed = fingerprint(runs / "whole"), fingerprint(runs / "killed")
+        print(f"{name:10}{whole}" + ("" if whole == killed else f"  differs when killed and resumed: {killed}"), flush=True)
+        if whole != killed:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,15 +28,50 @@ SETTINGS = {
     "default": ["--num-envs", "16"],
     "hardcore": ["--env-id", "BipedalWalkerHardcore-v3"],
     "lander": ["--env-id", "LunarLanderContinuous-v3"],
-    "notebook": (
-        "--env-id LunarLanderContinuous-v3 --activation relu --state-dependent-std --learning-rate 3e-4 "
-        "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "
-        "--update-epochs 10 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.001 --initial-std 1"
-    ).split(),
-    "tutorial": (
-        "--actor-hidden-sizes 64 64 64 --critic-hidden-sizes 128 128 --activation relu --clip-vloss "
-        "--initial-std 1 --learning-rate 3.5e-4"
-    ).split(),
+    "notebook": [
+        "--env-id",
+        "LunarLanderContinuous-v3",
+        "--activation",
+        "relu",
+        "--state-dependent-std",
+        "--learning-rate",
+        "3e-4",
+        "--critic-learning-rate",
+        "1e-3",
+        "--value-lambda",
+        "1",
+        "--no-anneal-lr",
+        "--num-steps",
+        "320",
+        "--num-minibatches",
+        "40",
+        "--update-epochs",
+        "10",
+        "--gamma",
+        "0.99",
+        "--gae-lambda",
+        "0.95",
+        "--ent-coef",
+        "0.001",
+        "--initial-std",
+        "1",
+    ],
+    "tutorial": [
+        "--actor-hidden-sizes",
+        "64",
+        "64",
+        "64",
+        "--critic-hidden-sizes",
+        "128",
+        "128",
+        "--activation",
+        "relu",
+        "--clip-vloss",
+        "--initial-std",
+        "1",
+        "--learning-rate",
+        "3.5e-4",
+    ],
 }
 
 
@@ -76,16 +112,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", type=Path, default=ROOT / "ppo_vec.py", help="the trainer")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--flags", nargs="*", default=[], help="more flags of the trainer (after a space)")
+    parser.add_argument("--flags", default="", help="more flags of the trainer: '--flags=--seed 2'")
     options = parser.parse_args()
     for name in options.settings:
-        flags = [*SETTINGS[name], *SHORT, *options.flags]
+        flags = [*SETTINGS[name], *SHORT, *shlex.split(options.flags)]
         with tempfile.TemporaryDirectory() as folder:
             runs = Path(folder)
             seconds = train(options.program, runs / "whole", flags, None)
             train(options.program, runs / "killed", flags, 0.4 * seconds)
             whole, killed = fingerprint(runs / "whole"), fingerprint(runs / "killed")
-        print(f"{name:10}{whole}" + ("" if whole == killed else f"  differs when killed and resumed: {killed}"), flush=True)
+        print(
+            f"{name:10}{whole}" + ("" if whole == killed else f"  differs when killed and resumed: {killed}"),
+            flush=True,
+        )
         if whole != killed:
             sys.exit(1)
 

@@ -65,7 +65,7 @@ class Options:
     jobs: int = max(1, ppo_vec.usable_cores())
     """runs at a time; with more than one, each has a core of its own (where the system can do that)"""
     flags: str = ""
-    """more flags of ppo_vec.py"""
+    """more flags of ppo_vec.py; an equals sign is needed: '--flags=--practice 0'"""
     name: str | None = None
     """name of the results; default the setting's"""
     out: Path = ROOT / "benchmarks" / "results"
@@ -81,7 +81,7 @@ def train(options: Options, name: str, seed: int, cores: SimpleQueue) -> Path:
         script = Path(__file__).with_name("sb3_zoo.py")
         command = [sys.executable, str(script), "--run-dir", str(folder), "--seed", str(seed)]
         command += shlex.split(options.flags)
-    elif (folder / "checkpoint.pt").exists():
+    elif holds_run(folder):
         command += ["--resume", str(folder)]
     else:
         command += [*shlex.split(SETTINGS[options.setting]), *shlex.split(options.flags), "--seed", str(seed)]
@@ -89,24 +89,31 @@ def train(options: Options, name: str, seed: int, cores: SimpleQueue) -> Path:
     runs.mkdir(parents=True, exist_ok=True)
     mine = cores.get()
     pin = functools.partial(os.sched_setaffinity, 0, mine) if hasattr(os, "sched_setaffinity") else None
-    with open(runs / f"{folder.name}.log", "a") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=pin).returncode
-    cores.put(mine)
+    try:
+        with open(runs / f"{folder.name}.log", "a") as log:
+            code = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=pin).returncode
+    finally:
+        cores.put(mine)
     row = result(folder)
     print(f"{folder.name}: exit code {code}, {row['text'] if row else 'no summary'}", flush=True)
     return folder
 
 
+def holds_run(folder: Path) -> bool:
+    """A kill between two renames can leave the previous checkpoint alone."""
+    return any((folder / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+
+
 def refuse_another_run(options: Options, folder: Path, seed: int) -> None:
     """A folder of that name may hold a run of other settings, which must not stand in the table for these."""
-    if options.setting == "sb3-zoo" or not (folder / "checkpoint.pt").exists():
+    if options.setting == "sb3-zoo" or not holds_run(folder):
         return
-    wanted, _ = ppo_vec.parse_args(
+    wanted, *_ = ppo_vec.parse_args(
         [*shlex.split(SETTINGS[options.setting]), *shlex.split(options.flags), "--seed", str(seed)]
     )
     try:
         found = ppo_vec.saved_args(ppo_vec.read_checkpoint(str(folder))[1])
-        found = dataclasses.replace(found, runs_dir=wanted.runs_dir, run_name=wanted.run_name)
+        found = dataclasses.replace(found, cuda=wanted.cuda)
     except ppo_vec.UserError:
         found = None
     if found != wanted:
@@ -127,7 +134,7 @@ def evaluations(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, seconds and mean returns of a run's periodic evaluations."""
     if (folder / "evaluations.json").exists():
         rows = json.loads((folder / "evaluations.json").read_text())
-    elif (folder / "checkpoint.pt").exists():
+    elif holds_run(folder):
         rows = ppo_vec.read_checkpoint(str(folder))[1]["evaluations"]
     else:
         rows = []
@@ -149,7 +156,7 @@ def commits(folders: list[Path]) -> str:
     infos = [json.loads((f / "args.json").read_text()) for f in folders if (f / "args.json").exists()]
     infos += [session for info in infos for session in info.get("earlier", ())]
     return ", ".join(sorted({str(info["git_commit"]) for info in infos})) or str(
-        ppo_vec.describe_run(ppo_vec.Args())["git_commit"]
+        ppo_vec.describe_run(ppo_vec.Options())["git_commit"]
     )
 
 
@@ -191,17 +198,18 @@ def main(options: Options) -> None:
     rows = [result(folder) for folder in folders]
     options.out.mkdir(parents=True, exist_ok=True)
     lines = [
-        "| seed | delivered: mean (min, solved) | last weights: mean (min) | solved at step | after s | train s |",
-        "|---|---|---|---|---|---|",
+        "| seed | last weights: mean (min) | delivered: mean (min, solved) | solved at step | after s | train s "
+        "| evaluation steps |",
+        "|---|---|---|---|---|---|---|",
     ]
     for seed, row in zip(options.seeds, rows):
         if row is None or not row["finished"]:
-            lines.append(f"| {seed} | did not finish | | | | |")
+            lines.append(f"| {seed} | did not finish | | | | | |")
             continue
         after = "-" if row["solved_at_s"] is None else f"{row['solved_at_s']:.0f}"
         lines.append(
-            f"| {seed} | {row['text']} | {row['last_eval_mean']:.1f} ({row['last_eval_min']:.0f}) | "
-            f"{row['solved_at_step'] or '-'} | {after} | {row['train_time_s']:.0f} |"
+            f"| {seed} | {row['last_eval_mean']:.1f} ({row['last_eval_min']:.0f}) | {row['text']} | "
+            f"{row['solved_at_step'] or '-'} | {after} | {row['train_time_s']:.0f} | {row.get('evaluation_steps', '')} |"
         )
     finished = [row for row in rows if row is not None and row["finished"]]
     means = np.array([row["eval_mean"] for row in finished])
@@ -215,7 +223,7 @@ def main(options: Options) -> None:
             f"interval {' to '.join(f'{bound:.1f}' for bound in bootstrap(means))}); median steps to a confirmed "
             f"solve: {np.median(solved):.0f}"
         )
-    info = ppo_vec.describe_run(ppo_vec.Args())
+    info = ppo_vec.describe_run(ppo_vec.Options())
     program = " ".join(["python ppo_vec.py", SETTINGS[options.setting], options.flags]).strip()
     if options.setting == "sb3-zoo":
         program = f"python benchmarks/sb3_zoo.py --run-dir DIR {options.flags}".strip()

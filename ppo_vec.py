@@ -128,7 +128,8 @@ ACTIVATIONS: dict[str, tuple[type[nn.Module], Callable[[np.ndarray], np.ndarray]
     "elu": (nn.ELU, lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0)))),
 }
 LOGSTD_MIN, LOGSTD_MAX = -20.0, 2.0  # of a state-dependent standard deviation
-OBS_CLIP = 10.0  # of normalised observations
+OBS_CLIP, REWARD_CLIP = 10.0, 10.0  # of normalised observations and scaled rewards
+TILE = 4  # rows that Policy computes at once
 
 
 class Normalizer(nn.Module):
@@ -225,9 +226,6 @@ class Agent(nn.Module):
     def value(self, x: Tensor) -> Tensor:
         """Normalised observations (..., obs_dim + extra_dim) -> values (...)."""
         return self.critic(x).squeeze(-1)
-
-
-TILE = 4
 
 
 class Policy:
@@ -425,12 +423,6 @@ def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
         flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
         nn.utils.vector_to_parameters(flat.data, parameters)  # sets each p.data to its view
         optimizer = torch.optim.Adam([flat], eps=1e-5, fused=True)  # eps: 37 details, no. 3
-        zeros = {
-            "step": torch.zeros((), device=flat.device),
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
-        }
-        optimizer.state[flat] = zeros  # as its first step would: a checkpoint always has it
         optimizer.parameters = parameters
         return optimizer
 
@@ -439,8 +431,6 @@ def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
 
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
-
-REWARD_CLIP = 10.0
 
 
 @dataclass
@@ -1023,8 +1013,14 @@ class VecEnv:
         bounds = np.linspace(0, self.args.num_envs, self.num_workers + 1).astype(int).tolist()
         kind = worker_class(self.args)
         workers = [kind(i, *pair, self) for i, pair in enumerate(itertools.pairwise(bounds))]
+        before = set(multiprocessing.active_children())
+
+        def kill_started() -> None:
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+
         # Construction waits for the workers without a limit; a spawned one imports torch first.
-        watchdog = threading.Timer(max(self.args.worker_timeout, STARTING), kill_workers)
+        watchdog = threading.Timer(max(self.args.worker_timeout, STARTING), kill_started)
         watchdog.daemon = True
         watchdog.start()
         block_signals(True)  # until a worker has its own handlers
@@ -1033,6 +1029,9 @@ class VecEnv:
                 workers, shared_memory=False, context=self.context, worker=worker_main,
                 autoreset_mode=AutoresetMode.DISABLED,
             )  # fmt: skip
+        except BaseException:
+            kill_started()
+            raise
         finally:
             block_signals(False)
             watchdog.cancel()
@@ -1040,24 +1039,28 @@ class VecEnv:
     def close(self, kill: bool = False) -> None:
         """Lets the workers close their environments; ends those that do not in time, or all of them at once."""
         workers, self.workers = self.workers, None
-        if workers is not None:
-            end = time.monotonic() + (0 if kill else CLOSING)
-            for pipe in workers.parent_pipes:
-                with contextlib.suppress(OSError):
-                    pipe.send(("close", None))
-            for process in workers.processes:
-                process.join(max(0.0, end - time.monotonic()))
-                process.kill()  # not terminate(): a stopped process would never get to it
-                process.join()
-            for pipe in workers.parent_pipes:
-                pipe.close()
-            workers.closed = True
-        kill_workers()  # those of a start that failed
+        if workers is None:
+            return
+        end = time.monotonic() + (0 if kill else CLOSING)
+        for pipe in workers.parent_pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(("close", None))
+        for process in workers.processes:
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()  # not terminate(): a stopped process would never get to it
+            process.join()
+        for pipe in workers.parent_pipes:
+            pipe.close()
+        workers.closed = True
 
     def call(self, name: str, *args: Any) -> list[Any]:
         """Calls a method of every worker. After a fault, new workers continue where the last rollout ended."""
         for attempt in range(1, MAX_FAULTS + 1):
-            result = self.try_to_call(name, *args)
+            try:
+                result = self.try_to_call(name, *args)
+            except BaseException:  # Ctrl-C in an evaluation
+                self.close(kill=True)
+                raise
             if isinstance(result, list):
                 return result
             self.close(kill=True)
@@ -1085,12 +1088,12 @@ class VecEnv:
                         return f"worker {i} took no step for {timeout:g} s"
             results = list(self.workers.call_wait())
         except (EOFError, OSError):
-            for process in worker_processes() if self.workers is None else self.workers.processes:
+            for process in () if self.workers is None else self.workers.processes:
                 process.join(0.2)
                 if code := process.exitcode:
                     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
                     return f"worker {process.name.split('-')[-1]} {how}"
-            return "a worker closed its pipe"
+            return "a worker ended while it was started"
         errors = [f"worker {i} failed:\n{result}" for i, result in enumerate(results) if isinstance(result, str)]
         return errors[0] if errors else results
 
@@ -1145,16 +1148,6 @@ class VecEnv:
             if not math.isfinite(ret):
                 raise TrainingError(f"the return of the evaluation episode with seed {seeds[i]} is {ret}")
         return [(ret, length, fell) for _, ret, length, fell in episodes]
-
-
-def worker_processes() -> list[Any]:
-    return [p for p in multiprocessing.active_children() if p.name.startswith("Worker<AsyncVectorEnv>")]
-
-
-def kill_workers() -> None:
-    for process in worker_processes():
-        process.kill()
-        process.join()
 
 
 def usable_cores() -> int:
@@ -1468,6 +1461,11 @@ class State:
         self.agent = Agent(task.obs_dim, task.extra_dim, task.action_dim, args).to(device)
         self.average = AveragedModel(self.agent, use_buffers=True)  # average_weights
         self.optimizers = make_optimizers(self.agent)
+        for optimizer in self.optimizers:  # as the first step would make it: a checkpoint always has it
+            (flat,) = optimizer.param_groups[0]["params"]
+            step, zeros = torch.zeros((), device=device), torch.zeros_like(flat.data)
+            optimizer.state[flat] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        check_copy(self.agent, task, args)
         self.return_statistics = Normalizer(1)  # scale_rewards
         self.discounted_return = torch.zeros(args.num_envs, dtype=torch.float64)
         self.noise_rng = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
@@ -1544,6 +1542,20 @@ def check_same_kind(saved: Any, own: Any, name: str = "it") -> None:
     elif isinstance(own, list) and own and name in ("optimizers", "actions"):
         for parts in zip(saved, own, strict=True):
             check_same_kind(*parts, name)
+
+
+def check_copy(agent: Agent, task: Task, args: Args) -> None:
+    """Raises TrainingError where Policy does not compute what the agent does, as after a change of one of them only."""
+    obs = torch.linspace(-3, 3, 2 * TILE * (task.obs_dim + task.extra_dim)).view(2 * TILE, -1)
+    with torch.no_grad():
+        mean, logstd = agent.policy(agent.normalizer(obs.to(agent.normalizer.mean.device)))
+        expected = (mean + logstd.exp()).cpu().numpy()
+    policy = Policy(policy_arrays(agent.state_dict()), args.activation, task.low, task.high)
+    actions = policy.sample(obs[:, : task.obs_dim].numpy(), np.ones((len(obs), task.action_dim), np.float32))
+    if not np.allclose(actions, expected, rtol=1e-4, atol=1e-5):
+        raise TrainingError(
+            "the workers' Policy acts otherwise than Agent.policy: a change of one needs the other, too"
+        )
 
 
 def policy_dict(agent: Agent, args: Options, task: Task) -> dict[str, Any]:
@@ -1670,19 +1682,21 @@ def read_checkpoint(where: str | Path, policy: bool = False, runs_dir: str = "ru
     raise UserError("; ".join(complaints) or f"there is no checkpoint at {where}")
 
 
-def saved_args(tree: dict[str, Any]) -> Options:
-    """The arguments in a checkpoint. Raises UserError for ones that are not of this version."""
+def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
+    """The arguments in a checkpoint. Raises UserError for another version's; to use its `policy` those in common do."""
     import typeguard  # tyro depends on it
 
     try:
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["args"].items()}
-        if odd := saved.keys() ^ {f.name for f in dataclasses.fields(Options)}:
-            raise ValueError(f"it was made by another version, with other flags ({', '.join(sorted(odd))})")
-        for name, hint in typing.get_type_hints(Options).items():
-            typeguard.check_type(saved[name], hint)
-        for name in UNTRUSTED:
-            saved[name] = getattr(Options, name)
-        args = Options(**{**saved, "resume": None, "evaluate": None})
+        hints = typing.get_type_hints(Options)
+        if policy:
+            saved = {name: value for name, value in saved.items() if name in hints}
+        elif odd := saved.keys() ^ hints.keys():
+            raise ValueError(f"another version of ppo_vec made it, with other flags ({', '.join(sorted(odd))})")
+        for name, value in saved.items():
+            typeguard.check_type(value, hints[name])
+        untrusted = {name: getattr(Options, name) for name in UNTRUSTED}
+        args = Options(**{**saved, **untrusted, "resume": None, "evaluate": None})
         validate(args)
         return args
     except Exception as error:
@@ -1702,8 +1716,9 @@ def policy_of(tree: dict[str, Any]) -> Policy:
     """The policy in a checkpoint, whatever version of ppo_vec has written it. Raises UserError."""
     try:
         tensors = {name: tensor for name, tensor in tree["agent"].items() if name.startswith(("actor.", "normalizer."))}
-        if not all(tensor.is_contiguous() and tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError("its weights are not finite, or no plain tensors")
+        for tensor in (*tensors.values(), tree["low"], tree["high"]):
+            if not (tensor.is_contiguous() and tensor.isfinite().all()):  # stride 0 makes many numbers of one
+                raise ValueError("its weights are not finite, or no plain tensors")
         arrays = policy_arrays(tensors)
         policy = Policy(arrays, tree["args"]["activation"], tree["low"].numpy(), tree["high"].numpy())
         if policy(np.zeros((1, len(policy.mean)), np.float32)).shape != (1, len(policy.low)):
@@ -1915,7 +1930,8 @@ def write_summary(envs: VecEnv, state: State, folder: Path, best: dict[str, Any]
     summary = {
         "env_id": state.args.env_id, "seed": state.args.seed, "global_step": state.global_step,
         "evaluation_steps": state.evaluation_steps, "wall_time_s": round(state.wall_time(), 3),
-        "train_time_s": round(state.train_time_s, 3), "sps": round(state.global_step / max(state.train_time_s, 1e-9), 1),
+        "train_time_s": round(state.train_time_s, 3),
+        "sps": round(state.global_step / max(state.train_time_s, 1e-9), 1),
         **{f"eval_{k}": best[k] for k in ("episodes", "mean", "std", "min", "frac_solved")},
         **{f"last_eval_{k}": last[k] for k in ("mean", "std", "min")},
         "solved_at_step": state.solved_at_step, "solved_at_s": state.solved_at_s,
@@ -1993,9 +2009,10 @@ class Log:
             with contextlib.suppress(OSError):
                 closed.close()
         if kind is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about a run without a finished episode
+            try:
                 plot_learning_curve(self.folder, self.goal)
+            except (ImportError, ValueError, UserError) as error:  # no matplotlib, a changed file
+                warn(f"no learning_curve.png: {one_line(error)}")
         if self.wandb is not None:
             self.wandb.finish()
 
@@ -2097,11 +2114,12 @@ def plot_learning_curve(folder: Path, goal: float | None) -> None:
     """learning_curve.png: the mean return of a window of episodes with its deviation, against steps; evaluations."""
     from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
 
-    rows = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2, usecols=(0, 2))
-    if not len(rows):
+    lines = read_file(folder / "episodes.csv").decode().splitlines()[1:]
+    if not lines:
         return
+    rows = np.array([line.split(",")[:3] for line in lines], float)
     window = max(1, min(100, len(rows) // 10))
-    recent = np.lib.stride_tricks.sliding_window_view(rows[:, 1], window)
+    recent = np.lib.stride_tricks.sliding_window_view(rows[:, 2], window)
     steps, mean, std = rows[window - 1 :, 0], recent.mean(1), recent.std(1)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -2160,7 +2178,7 @@ def validate(args: Options) -> None:
                 raise UserError(f"{flag(f.name)} must {words}, not {value!r}")
     divides = args.batch_size % args.num_minibatches == 0
     for holds, message in (
-        (args.final_gamma is None or max(args.gamma, args.final_gamma) < 1, "--final-gamma and --gamma must be below 1"),
+        (args.final_gamma is None or max(args.gamma, args.final_gamma) < 1, "--final-gamma needs both gammas below 1"),
         (args.worker_timeout <= threading.TIMEOUT_MAX, "--worker-timeout is too long"),
         (args.final_fall_reward is None or args.fall_reward is not None, "--final-fall-reward needs --fall-reward"),
         (not (args.min_std and args.state_dependent_std), "--min-std and --state-dependent-std exclude each other"),
@@ -2185,7 +2203,12 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
 
     Returns the arguments and, for --resume and --evaluate, the checkpoint's path and content. Raises UserError.
     """
-    argv = [re.sub(r"(?<![^=])[\d.]+[eE]\+?\d+$", lambda m: f"{float(m[0]):.0f}", word) for word in argv]  # 1e6
+    argv, whole = list(argv), {flag(f.name) for f in dataclasses.fields(Options) if f.type.startswith("int")}
+    for i, word in enumerate(argv):  # whole numbers may be written 1e6
+        name, equals, value = word.rpartition("=") if word.startswith("--") else (argv[i - 1], "", word)
+        number = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value)
+        if name.replace("_", "-") in whole and number and float(value).is_integer():
+            argv[i] = (name + equals) * bool(equals) + f"{float(value):.0f}"
     first = tyro.cli(Options, args=[word for word in argv if word not in ("-h", "--help")])
     validate(dataclasses.replace(Options(), resume=first.resume, evaluate=first.evaluate))
     where = first.resume if first.evaluate is None else first.evaluate
@@ -2197,7 +2220,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         validate(args)
         return args, None, None
     path, tree = read_checkpoint(where, policy=first.evaluate is not None, runs_dir=first.runs_dir)
-    saved = saved_args(tree)
+    saved = saved_args(tree, policy=first.evaluate is not None)
     for name, code in (("env_id", ":" in saved.env_id), ("wrappers", bool(saved.wrappers))):
         if code and getattr(first, name) != getattr(saved, name):
             words = saved.env_id if name == "env_id" else " ".join(saved.wrappers)
@@ -2219,6 +2242,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
 def choose_device(args: Args) -> torch.device:
     device = torch.device("cpu")
     if args.cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first product
         try:
             torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")
             device = torch.device("cuda")
@@ -2226,7 +2250,6 @@ def choose_device(args: Args) -> torch.device:
             warn(f"--cuda: no CUDA device that torch can use ({one_line(error)[:80]}); training on the CPU")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # these matrices are too small to share; more threads only wait for each other
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     return device
@@ -2290,7 +2313,8 @@ def stop_signals(folder: Path) -> Iterator[Callable[[], int | None]]:
 
     def end(number: int) -> None:
         os.write(2, f"\nstopped by {signal.Signals(number).name}; continue with: --resume {folder}\n".encode())
-        kill_workers()
+        for process in multiprocessing.active_children():
+            process.kill()
         os._exit(128 + number)
 
     def handle(number: int, _: Any) -> None:
@@ -2352,10 +2376,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (task.obs_dim, task.action_dim) != (len(policy.mean), len(policy.low)):
                 raise UserError(f"the checkpoint does not fit {args.env_id}: other observations or actions")
             if args.evaluate is not None:
-                signal.signal(signal.SIGINT, lambda *_: (kill_workers(), os._exit(130)))  # there is nothing to save
                 evaluate_run(args, task, policy, path.parent)
                 return 0
-            if tree["finished"] is True and tree["global_step"] >= args.total_timesteps:
+            step = tree.get("global_step")
+            if tree.get("finished") is True and type(step) is int and step >= args.total_timesteps:
                 say(f"{path.parent} is finished; a longer --total-timesteps would extend it")
                 return 0
         with run_folder(args, new=tree is None) as (args, folder):
@@ -2366,7 +2390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, TrainingError) as error:
         print(f"ppo_vec.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:  # before the run has taken the signal over
+    except KeyboardInterrupt:  # in an evaluation, or before a run has taken the signal over
         return 130
 
 

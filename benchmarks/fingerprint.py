@@ -23,55 +23,16 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--total-timesteps", "60000", "--eval-episodes", "2"]
+SHORT = "--total-timesteps 60000 --eval-episodes 2"
 SETTINGS = {
-    "default": ["--num-envs", "16"],
-    "hardcore": ["--env-id", "BipedalWalkerHardcore-v3"],
-    "lander": ["--env-id", "LunarLanderContinuous-v3"],
-    "notebook": [
-        "--env-id",
-        "LunarLanderContinuous-v3",
-        "--activation",
-        "relu",
-        "--state-dependent-std",
-        "--learning-rate",
-        "3e-4",
-        "--critic-learning-rate",
-        "1e-3",
-        "--value-lambda",
-        "1",
-        "--no-anneal-lr",
-        "--num-steps",
-        "320",
-        "--num-minibatches",
-        "40",
-        "--update-epochs",
-        "10",
-        "--gamma",
-        "0.99",
-        "--gae-lambda",
-        "0.95",
-        "--ent-coef",
-        "0.001",
-        "--initial-std",
-        "1",
-    ],
-    "tutorial": [
-        "--actor-hidden-sizes",
-        "64",
-        "64",
-        "64",
-        "--critic-hidden-sizes",
-        "128",
-        "128",
-        "--activation",
-        "relu",
-        "--clip-vloss",
-        "--initial-std",
-        "1",
-        "--learning-rate",
-        "3.5e-4",
-    ],
+    "default": "--num-envs 16",
+    "hardcore": "--env-id BipedalWalkerHardcore-v3",
+    "lander": "--env-id LunarLanderContinuous-v3",
+    "notebook": "--env-id LunarLanderContinuous-v3 --activation relu --state-dependent-std --learning-rate 3e-4 "
+    "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "
+    "--update-epochs 10 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.001 --initial-std 1",
+    "tutorial": "--actor-hidden-sizes 64 64 64 --critic-hidden-sizes 128 128 --activation relu --clip-vloss "
+    "--initial-std 1 --learning-rate 3.5e-4",
 }
 
 
@@ -115,7 +76,7 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="more flags of the trainer: '--flags=--seed 2'")
     options = parser.parse_args()
     for name in options.settings:
-        flags = [*SETTINGS[name], *SHORT, *shlex.split(options.flags)]
+        flags = shlex.split(f"{SETTINGS[name]} {SHORT} {options.flags}")
         with tempfile.TemporaryDirectory() as folder:
             runs = Path(folder)
             seconds = train(options.program, runs / "whole", flags, None)

@@ -10,9 +10,9 @@ A saved policy is a function from raw observations to actions:
     from ppo_vec import load_policy
     act = load_policy("runs/NAME"); action = act(obs)
 
-What stands where. First the algorithm: Args, Agent, Policy (the actor's copy in the workers), gae, policy_loss,
-value_loss, update, Rollout, collect, train. Then the engineering: options, schedules, environments, workers, walkers,
-checkpoints, evaluation, logs, command line.
+What stands where. First the algorithm: Args, Agent, gae, policy_loss, value_loss, update, Rollout, collect, train.
+Then the engineering: options and schedules, environments, the acting policy, workers, walkers, checkpoints,
+evaluation, logs, command line.
 
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438. "37 details": Huang et al.
 2022, "The 37 Implementation Details of Proximal Policy Optimization". Names follow CleanRL's ppo_continuous_action.py.
@@ -34,6 +34,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import pickletools
 import platform
 import re
 import shlex
@@ -80,7 +81,9 @@ from torch.optim.swa_utils import AveragedModel
 
 @dataclass
 class Args:
-    """The arguments of PPO. `Options`, further down, adds those of the engineering."""
+    """The arguments of PPO. `Options`, further down, adds those of the engineering; TUNED has better defaults for some
+    environments (`python ppo_vec.py --help` shows them).
+    """
 
     seed: int = 1  # seed of everything random: environments, action noise, shuffling and initialisation
     cuda: bool = False  # keep the networks and the rollout on the GPU (the environments always run on the CPU)
@@ -129,7 +132,6 @@ ACTIVATIONS: dict[str, tuple[type[nn.Module], Callable[[np.ndarray], np.ndarray]
 }
 LOGSTD_MIN, LOGSTD_MAX = -20.0, 2.0  # of a state-dependent standard deviation
 OBS_CLIP, REWARD_CLIP = 10.0, 10.0  # of normalised observations and scaled rewards
-TILE = 4  # rows that Policy computes at once
 
 
 class Normalizer(nn.Module):
@@ -157,47 +159,80 @@ class Normalizer(nn.Module):
         self.count.copy_(total)
 
 
+def linear(fan_in: int, fan_out: int, gain: float) -> nn.Linear:
+    """A layer with orthogonal weights and no bias at first (37 details, no. 2)."""
+    layer = nn.Linear(fan_in, fan_out)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequential:
-    """Linear layers with `activation` between them; orthogonal initialisation, biases zero (37 details, no. 2)."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation][0]()]
-        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
-        nn.init.zeros_(layers[-2].bias)
-    with torch.no_grad():
-        layers[-2].weight *= last_gain / math.sqrt(2)
-    return nn.Sequential(*layers[:-1])
+    for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
+        layers += [linear(fan_in, fan_out, gain=math.sqrt(2)), ACTIVATIONS[activation][0]()]
+    return nn.Sequential(*layers, linear(*sizes[-2:], gain=last_gain))
 
 
-# The kind of action: a diagonal Gaussian over actions in units of the bounds, not clipped. These three functions are
-# all that knows it: its parameters, its density in torch, and how NumPy samples it, where the environments are.
+class Gaussian(nn.Module):
+    """The kind of action: a diagonal Gaussian over actions in units of the bounds, not clipped.
 
-
-def gaussian(out: Tensor, logstd: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The actor's output (..., action_dim) and `logstd` (action_dim,) -> mean and log standard deviation.
-
-    Without `logstd` the output is (..., 2 * action_dim) and holds both.
+    What depends on the kind stands here and in Policy.env_action. Another kind is another class of this form; with it
+    change FORMAT, so that no saved policy is taken for one of that kind.
     """
-    if logstd is not None:
-        return out, logstd
-    mean, logstd = out.chunk(2, dim=-1)
-    return mean, logstd.clamp(LOGSTD_MIN, LOGSTD_MAX)
 
+    def __init__(self, action_dim: int, args: Args) -> None:
+        super().__init__()
+        self.outputs = action_dim * (2 if args.state_dependent_std else 1)  # how many the actor has
+        self.first_logstd, self.min_std = math.log(args.initial_std), args.min_std
+        logstd = torch.full((action_dim,), self.first_logstd)
+        self.logstd = None if args.state_dependent_std else nn.Parameter(logstd)
 
-def log_prob_entropy(mean: Tensor, logstd: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """The log density of `actions` (..., action_dim) and the entropy, (...) each, in nats."""
-    z = (actions - mean) * (-logstd).exp()
-    volume = logstd.sum(-1) + 0.5 * math.log(2 * math.pi) * actions.shape[-1]
-    log_prob = -0.5 * z.square().sum(-1) - volume
-    return log_prob, (volume + 0.5 * actions.shape[-1]).expand_as(log_prob)
+    def initialize(self, last: nn.Linear) -> None:
+        """Lets the actor's last layer begin with the first standard deviation, if it is to output that, too."""
+        if self.logstd is None:
+            last.bias.data[len(last.bias) // 2 :] = self.first_logstd
 
+    def mean_logstd(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The actor's output (..., outputs) -> mean and log standard deviation (..., action_dim)."""
+        if self.logstd is not None:
+            return out, self.logstd
+        mean, logstd = out.chunk(2, dim=-1)
+        return mean, logstd.clamp(LOGSTD_MIN, LOGSTD_MAX)
 
-def sample(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-    """The actor's output (n, ...), std (action_dim,) or (0,), standard normal noise or None for the mean -> actions."""
-    if not len(std):
-        out, logstd = np.split(out, 2, axis=-1)
-        std = np.exp(np.clip(logstd, LOGSTD_MIN, LOGSTD_MAX))
-    return out if noise is None else out + std * noise
+    def log_prob_entropy(self, out: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The log density of `actions` (..., action_dim) and the entropy, (...) each, in nats."""
+        mean, logstd = self.mean_logstd(out)
+        z = (actions - mean) * (-logstd).exp()
+        log_norm = logstd.sum(-1) + 0.5 * math.log(2 * math.pi) * actions.shape[-1]
+        log_prob = -0.5 * z.square().sum(-1) - log_norm
+        return log_prob, (log_norm + 0.5 * actions.shape[-1]).expand_as(log_prob)
+
+    def bounds_loss(self, out: Tensor) -> Tensor:
+        """The squared excess of the mean beyond the action bounds, (...).
+
+        Beyond them an environment cannot tell two actions apart: a mean out there meets no gradient of the reward that
+        would bring it back.
+        """
+        return (self.mean_logstd(out)[0].abs() - 1).clamp(min=0).square().sum(-1)
+
+    @torch.no_grad()
+    def keep_min_std(self) -> None:
+        if self.min_std:
+            self.logstd.clamp_(min=math.log(self.min_std))
+
+    @staticmethod
+    def noise(generator: torch.Generator, *shape: int) -> Tensor:
+        """What makes a mean to a sample, (..., action_dim). The trainer draws it, so that no worker needs to."""
+        return torch.randn(*shape, generator=generator)
+
+    @staticmethod
+    def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+        """In NumPy: output (n, outputs), std (action_dim,) or (0,), noise or None for the mean -> (n, action_dim)."""
+        if not len(std):
+            out, logstd = np.split(out, 2, axis=-1)
+            std = np.exp(np.clip(logstd, LOGSTD_MIN, LOGSTD_MAX))
+        return out if noise is None else out + std * noise
 
 
 class Agent(nn.Module):
@@ -210,68 +245,20 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, extra_dim: int, action_dim: int, args: Args) -> None:
         super().__init__()
         self.obs_dim = obs_dim
-        outputs = action_dim * (2 if args.state_dependent_std else 1)
         self.normalizer = Normalizer(obs_dim + extra_dim)
-        self.actor = mlp((obs_dim, *args.actor_hidden_sizes, outputs), args.activation, last_gain=0.01)
+        self.distribution = Gaussian(action_dim, args)
+        sizes = obs_dim, *args.actor_hidden_sizes, self.distribution.outputs
+        self.actor = mlp(sizes, args.activation, last_gain=0.01)
         self.critic = mlp((obs_dim + extra_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
-        logstd = torch.full((action_dim,), math.log(args.initial_std))
-        self.actor.logstd = None if args.state_dependent_std else nn.Parameter(logstd)
-        if args.state_dependent_std:
-            self.actor[-1].bias.data[action_dim:] = logstd
+        self.distribution.initialize(self.actor[-1])
 
-    def policy(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised observations (..., obs_dim + extra_dim) -> the Gaussian's mean and log standard deviation."""
-        return gaussian(self.actor(x[..., : self.obs_dim]), self.actor.logstd)
+    def policy(self, x: Tensor) -> Tensor:
+        """Normalised observations (..., obs_dim + extra_dim) -> the actor's output, for `distribution`."""
+        return self.actor(x[..., : self.obs_dim])
 
     def value(self, x: Tensor) -> Tensor:
         """Normalised observations (..., obs_dim + extra_dim) -> values (...)."""
         return self.critic(x).squeeze(-1)
-
-
-class Policy:
-    """The actor's copy in NumPy, for where the environments are: raw observation in, action out.
-
-    One row of a float32 matrix product can have other bits in a batch of another size. So rows are computed in tiles
-    of fixed shape, and `offset` puts a row into the same place of its tile whatever worker it is in.
-    """
-
-    def __init__(self, arrays: list[np.ndarray], activation: str, low: np.ndarray, high: np.ndarray) -> None:
-        self.mean, self.scale, self.std, *layers = arrays
-        self.layers = list(zip(layers[0::2], layers[1::2]))
-        self.activation, self.low, self.high = activation, low, high
-        self.middle = ((high.astype(np.float64) + low) / 2).astype(np.float32)
-        self.half = ((high.astype(np.float64) - low) / 2).astype(np.float32)
-
-    def sample(self, obs: np.ndarray, noise: np.ndarray | None = None, offset: int = 0) -> np.ndarray:
-        """Raw observations (n, obs_dim) float32 and noise (n, action_dim) -> actions; without noise, their mean."""
-        activation, start, n = ACTIVATIONS[self.activation][1], offset % TILE, len(obs)
-        x = np.zeros((-(-(start + n) // TILE), TILE, len(self.mean)), np.float32)  # NumPy multiplies tile by tile
-        rows = x.reshape(-1, len(self.mean))[start : start + n]
-        np.clip((obs - self.mean) * self.scale, -OBS_CLIP, OBS_CLIP, out=rows)
-        for weight, bias in self.layers[:-1]:
-            x = activation(x @ weight + bias)
-        weight, bias = self.layers[-1]
-        out = (x @ weight + bias).reshape(-1, len(bias))[start : start + n]
-        return sample(out, self.std, noise)
-
-    def env_action(self, action: np.ndarray) -> np.ndarray:
-        """Clips to [-1, 1] and maps to the environment's bounds."""
-        action = self.middle + self.half * np.clip(action, -1, 1)
-        return np.clip(action, self.low, self.high)  # rounding may have left them
-
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """Raw observation (obs_dim,) or batch (n, obs_dim) -> deterministic actions ready for step()."""
-        obs = np.asarray(obs, np.float32)
-        return self.env_action(self.sample(obs.reshape(-1, len(self.mean)))).reshape(*obs.shape[:-1], len(self.low))
-
-
-def policy_arrays(weights: dict[str, Tensor]) -> list[np.ndarray]:
-    """An agent's state dict -> what Policy takes, float32: mean, scale, std, then each layer's weight.T and bias."""
-    obs_dim, logstd = weights["actor.0.weight"].shape[1], weights.get("actor.logstd")
-    arrays = [weights["normalizer.mean"][:obs_dim], (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt()]
-    arrays += [torch.empty(0) if logstd is None else logstd.exp()]
-    arrays += [w.t() for name, w in weights.items() if re.fullmatch(r"actor\.\d+\.(weight|bias)", name)]
-    return [a.detach().cpu().numpy().astype(np.float32, order="C") for a in arrays]
 
 
 # ---- Generalized advantage estimation --------------------------------------------------------------------------------
@@ -302,16 +289,13 @@ def gae(
 
 
 def policy_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped loss of one minibatch (arXiv:1707.06347, equation 7), less the entropy bonus.
-
-    Beyond the action bounds an environment cannot tell two actions apart: a mean that has drifted out there meets no
-    gradient of the reward that would bring it back. With bounds_loss_coef its squared excess is part of the loss.
+    """The clipped loss of one minibatch (arXiv:1707.06347, equation 7) minus the entropy bonus.
 
     Args: mb with normalised obs (B, ...) and actions (B, action_dim); logprobs and advantages (B,).
     Returns: the loss, and metrics without gradient.
     """
-    mean, logstd = agent.policy(mb["obs"])
-    logprob, entropy = log_prob_entropy(mean, logstd, mb["actions"])
+    out = agent.policy(mb["obs"])
+    logprob, entropy = agent.distribution.log_prob_entropy(out, mb["actions"])
     logratio = logprob - mb["logprobs"]
     ratio = logratio.exp()
     advantages = (mb["advantages"] - mb["advantages"].mean()) / (mb["advantages"].std() + 1e-8)
@@ -320,7 +304,7 @@ def policy_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss
     if args.bounds_loss_coef:
-        loss = loss + args.bounds_loss_coef * (mean.abs() - 1).clamp(min=0).square().sum(-1).mean()
+        loss = loss + args.bounds_loss_coef * agent.distribution.bounds_loss(out).mean()
     with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
         return loss, {
             "policy_loss": pg_loss.detach(),
@@ -332,10 +316,10 @@ def policy_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor
 
 
 def value_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """A quarter of the mean squared error: CleanRL's half, times its vf_coef of a half, only affects gradient clipping.
+    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. The factor only affects gradient clipping.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
-    Returns: the loss, and metrics without gradient.
+    Returns: the loss, and 0.5 x MSE as a metric without gradient.
     """
     value = agent.value(mb["obs"])
     error = (value - mb["returns"]).square()
@@ -347,10 +331,10 @@ def value_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor,
 
 
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
-    """One PPO update: epochs of shuffled minibatches over the rollout. Returns means over its minibatches.
+    """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
     Advantages are computed once. Actor and critic share nothing but the minibatches: each is clipped and stepped on
-    its own, the two side by side. The normaliser has been frozen until here; then it takes the rollout in.
+    its own, at the same time. The normaliser is frozen until the end; then it merges the rollout's observations.
     Raises TrainingError for a loss or gradient that is not finite.
     """
     agent, (actor, critic) = state.agent, state.optimizers
@@ -367,17 +351,16 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     shuffles = torch.stack(epochs).view(-1, args.minibatch_size).to(returns.device)
 
     actor.param_groups[0]["lr"] = args.learning_rate
-    critic.param_groups[0]["lr"] = args.critic_learning_rate or args.learning_rate
+    critic.param_groups[0]["lr"] = args.critic_learning_rate
     metrics = side_by_side(
         lambda: descend(agent, actor, policy_loss, batch, shuffles, args),
         lambda: descend(agent, critic, value_loss, batch, shuffles, args),
     )
-    if args.min_std:
-        agent.actor.logstd.data.clamp_(min=math.log(args.min_std))
+    agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
     spread = returns.var()
-    explained = 1 - (returns - rollout.values).var() / spread if spread > 0 else spread
-    return {**metrics[0], **metrics[1], "explained_variance": float(explained)}
+    explained = float(1 - (returns - rollout.values).var() / spread) if spread > 0 else 0.0
+    return {**metrics[0], **metrics[1], "explained_variance": explained}
 
 
 def descend(
@@ -385,17 +368,16 @@ def descend(
     batch: dict[str, Tensor], shuffles: Tensor, args: Args,
 ) -> dict[str, float]:  # fmt: skip
     """Steps an optimizer's parameters down the loss of each minibatch. Returns the means of its metrics."""
-    (flat,), parameters, table = optimizer.param_groups[0]["params"], optimizer.parameters, []
+    (flat,), table = optimizer.param_groups[0]["params"], []
     for rows in shuffles:
         loss, metrics = loss_of(agent, {name: tensor[rows] for name, tensor in batch.items()}, args)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.views_of_flat)])
+        metrics[f"{loss_of.__name__}_grad_norm"] = norm = gradient.norm()
         # Before the step, so that no step is taken on a policy that has gone too far already (SB3).
         if args.target_kl is not None and metrics.get("approx_kl", 0) > args.target_kl:
             break
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-        norm = gradient.norm()
         flat.grad = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         optimizer.step()
-        metrics[f"{loss_of.__name__}_grad_norm"] = norm
         table.append(torch.stack(list(metrics.values())))
     means = torch.stack(table).mean(0).tolist() if table else [0.0] * len(metrics)
     for name, value in zip(metrics, means):
@@ -414,16 +396,17 @@ def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
 
 
 def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-    """One Adam for the critic and one for all other parameters, the actor's. The agent must be on its device already.
+    """One Adam for the actor, that is all parameters but the critic's, and one for the critic.
 
-    Each steps one flat tensor that the parameters are views of, instead of many little ones (-15 % update time).
+    Each steps one flat tensor that the parameters are views of, instead of many little ones (-15 % update time). So the
+    agent must be on its device already: what replaces a parameter's data later would no longer be trained.
     """
 
     def adam(parameters: list[nn.Parameter]) -> torch.optim.Adam:
         flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
         nn.utils.vector_to_parameters(flat.data, parameters)  # sets each p.data to its view
         optimizer = torch.optim.Adam([flat], eps=1e-5, fused=True)  # eps: 37 details, no. 3
-        optimizer.parameters = parameters
+        optimizer.views_of_flat = parameters
         return optimizer
 
     critic = set(agent.critic.parameters())
@@ -440,10 +423,10 @@ class Rollout:
     obs: Tensor  # (T + 1, N, obs_dim + extra_dim) raw; the last row is the observation after the rollout
     final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw; in done rows the episode's true last observation
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
-    rewards: Tensor  # (T, N) raw; then as training uses them
+    rewards: Tensor  # (T, N) raw; `collect` puts in their place those that training uses
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    restarted: Tensor  # (N,) bool; a new episode began before row 0, for the old one could not be continued
+    restarted: Tensor  # (N,) bool; a new episode began before row 0, because the old one could not be replayed
     episodes: list[dict[str, Any]]  # those that ended, in order
     logprobs: Tensor | None = None  # (T, N) of the policy that acted
     values: Tensor | None = None  # (T, N)
@@ -451,44 +434,44 @@ class Rollout:
 
 
 def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
-    """Divides rewards (T, N) by the running deviation of the discounted return, and clips them to +-10.
+    """Divides rewards (T, N) by the running standard deviation of the discounted return, and clips them to +-10.
 
-    37 details, continuous control no. 8; but all of a rollout's rewards are divided by the same deviation, into which
-    they have been merged already.
+    37 details, continuous control no. 8. All of a rollout's rewards are divided by the same number, of which they are
+    already a part.
     """
     running = ~(rollout.terminated | rollout.truncated)
     state.discounted_return *= ~rollout.restarted
-    returns = torch.empty(rewards.shape, dtype=torch.float64)
+    sums = torch.empty(rewards.shape, dtype=torch.float64)
     for t in range(len(rewards)):
-        returns[t] = gamma * state.discounted_return + rewards[t]
-        state.discounted_return = returns[t] * running[t]
-    state.return_statistics.update(returns.view(-1, 1))
+        sums[t] = gamma * state.discounted_return + rewards[t]
+        state.discounted_return = sums[t] * running[t]
+    state.return_statistics.update(sums.view(-1, 1))
     deviation = (state.return_statistics.var + 1e-8).sqrt()
     return (rewards / deviation).clamp(-REWARD_CLIP, REWARD_CLIP).float()
 
 
 @torch.no_grad()
-def collect(envs: VecEnv, state: State, args: Args) -> Rollout:
+def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     """Lets every environment take num_steps steps with the current policy.
 
     The workers act with a NumPy copy of the policy on noise drawn here, one message per rollout. Values and log
     probabilities are then computed in one pass by the network that the update differentiates, from the same raw
-    observations and unclipped actions. A rollout that fails raises TrainingError and leaves the state as it was.
+    observations and unclipped actions. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
-    noise = torch.randn(args.num_steps, args.num_envs, envs.task.action_dim, generator=state.noise_rng).numpy()
-    rollout = envs.rollout(policy_arrays(agent.state_dict()), noise, state.global_step)
+    noise = agent.distribution.noise(state.noise_rng, args.num_steps, args.num_envs, envs.task.action_dim)
+    rollout = envs.rollout(policy_arrays(agent.state_dict()), noise.numpy(), state.global_step)
     state.global_step += args.batch_size
     rollout.rewards = training_rewards(state, rollout, args)
     for name, tensor in vars(rollout).items():
         if isinstance(tensor, Tensor):
             setattr(rollout, name, tensor.to(state.device))
     x = agent.normalizer(rollout.obs)
-    rollout.logprobs, _ = log_prob_entropy(*agent.policy(x[:-1]), rollout.actions)
+    rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
     values = agent.value(x)
     rollout.values, rollout.next_values = values[:-1], values[1:].clone()
-    cut = rollout.truncated
-    rollout.next_values[cut] = agent.value(agent.normalizer(rollout.final_obs[cut]))
+    truncated = rollout.truncated
+    rollout.next_values[truncated] = agent.value(agent.normalizer(rollout.final_obs[truncated]))
     return rollout
 
 
@@ -501,9 +484,10 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
     if saved:
         state.load(saved)
     envs = VecEnv(args, task, state.envs, policy_arrays(state.agent.state_dict()))
-    with stop_signals(folder) as stopped, Log(folder, state) as log, contextlib.closing(envs):
+    with stop_signals(folder, state) as stopped, Log(folder, state) as log, contextlib.closing(envs):
         save(folder, state, log)
         while state.global_step < args.total_timesteps and not stopped():
+            log.lap("files")  # and evaluations
             now = scheduled(args, state.global_step)
             rollout = collect(envs, state, now)
             log.lap("rollout")
@@ -515,14 +499,17 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
                 evaluate(envs, state, folder, log)
             if should_save(state):
                 save(folder, state, log)
+        save(folder, state, log)
         if not stopped():
             choose_and_test(envs, state, folder, log)
+        plot_learning_curve(folder, state)
         save(folder, state, log)
     return None if state.finished else stopped()
 
 
 # ======================================================================================================================
-# You have read PPO. The rest is engineering.
+# You have read PPO. The rest is engineering. (What some environments need beside plain PPO begins it: `Options`, TUNED,
+# `scheduled` and `training_rewards`.)
 # ======================================================================================================================
 
 # ---- Options, schedules, and the rewards that training uses ----------------------------------------------------------
@@ -534,7 +521,9 @@ class Options(Args):
 
     env_id: str = "BipedalWalker-v3"  # a Gymnasium environment with Box observations and bounded Box actions
     env_kwargs: str = "{}"  # keyword arguments of the environment as JSON, such as '{"gravity": -5}'
-    wrappers: tuple[str, ...] = ()  # functions that take an environment and return it wrapped, each as module:function
+    wrappers: tuple[
+        str, ...
+    ] = ()  # functions that wrap an environment, each as module:function (of a module on PYTHONPATH)
     runs_dir: str = "runs"  # the folder of the run folders
     run_name: str | None = None  # the run folder's name; default {env_id}__ppo_vec__{seed}__{time}
     resume: str | None = None  # continue this run (its folder, or "latest")
@@ -668,10 +657,11 @@ def make_env(args: Options, fast: bool = False, published: bool = False, render_
     """
     kwargs = json.loads(args.env_kwargs)
     if args.env_id in WALKERS and not published:
-        limit = gym.spec(args.env_id).max_episode_steps
-        env: gym.Env = Walker(fast, limit, **{"hardcore": WALKERS[args.env_id], **kwargs})
+        own = {"hardcore": WALKERS[args.env_id], "max_episode_steps": gym.spec(args.env_id).max_episode_steps}
+        env: gym.Env = Walker(fast, **{**own, **kwargs})
     else:
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
+        kwargs |= {"render_mode": render_mode} if render_mode else {}  # not every environment takes it
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     for wrapper in args.wrappers:
         module, _, name = wrapper.partition(":")
         env = getattr(importlib.import_module(module), name)(env)
@@ -681,20 +671,20 @@ def make_env(args: Options, fast: bool = False, published: bool = False, render_
 def make_task(args: Options) -> Task:
     """Raises UserError for an environment that cannot be made, or that PPO with a Gaussian cannot act in."""
     try:
-        if not isinstance(json.loads(args.env_kwargs), dict):
-            raise ValueError("--env-kwargs must be a JSON object")
         with warnings.catch_warnings():  # of an outdated version: the error says it, too
             warnings.simplefilter("ignore")
             env = make_env(args, published=True, render_mode="rgb_array" if args.capture_video else None)
+        if not isinstance(env, gym.Env):
+            raise TypeError(f"--wrappers {' '.join(args.wrappers)} returned a {type(env).__name__}, no environment")
         if args.capture_video:
             if "rgb_array" not in env.metadata.get("render_modes", ()):
                 raise ValueError("it has no render mode rgb_array")
             env.reset(seed=0)
             env.render()
+        obs_space, actions, spec = env.observation_space, env.action_space, env.spec
     except Exception as error:  # unknown, a missing dependency, no display, or whatever the environment raises
         what = " --capture-video" if args.capture_video else ""
         raise UserError(f"--env-id {args.env_id}{what}: {one_line(error)}") from error
-    obs_space, actions, spec = env.observation_space, env.action_space, env.spec
     if not isinstance(obs_space, gym.spaces.Box) or not isinstance(actions, gym.spaces.Box):
         raise UserError(
             f"--env-id {args.env_id} has {type(obs_space).__name__} observations and {type(actions).__name__} "
@@ -711,7 +701,8 @@ def make_task(args: Options) -> Task:
         fast = False
     bounds, extra_dim = (rounded(actions.low, np.inf), rounded(actions.high, -np.inf)), 2 * args.critic_progress
     obs_dim = int(np.prod(obs_space.shape))
-    return Task(obs_dim, extra_dim, *bounds, spec.max_episode_steps, spec.reward_threshold, fast)
+    limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
+    return Task(obs_dim, extra_dim, *bounds, limit, goal, fast)
 
 
 def one_line(error: Exception) -> str:
@@ -747,6 +738,63 @@ def step_envs(envs: Sequence[gym.Env], actions: np.ndarray, beat: Callable[[], N
     obs, rewards, terminated, truncated, _ = zip(*steps)
     obs = np.stack([np.asarray(o, np.float32).ravel() for o in obs])
     return obs, np.array(rewards, np.float32), np.array(terminated, bool), np.array(truncated, bool)
+
+
+# ---- The acting policy -----------------------------------------------------------------------------------------------
+
+TILE = 4
+
+
+class Policy:
+    """The actor's copy in NumPy, for where the environments are: raw observation in, action out.
+
+    One row of a float32 matrix product can have other bits in a batch of another size. So rows are computed in tiles
+    of fixed shape, and `offset` puts a row into the same place of its tile whatever worker it is in.
+    """
+
+    def __init__(self, arrays: list[np.ndarray], activation: str, low: np.ndarray, high: np.ndarray) -> None:
+        self.obs_mean, self.obs_scale, self.std, *layers = arrays
+        self.layers = list(zip(layers[0::2], layers[1::2]))
+        self.activation, self.low, self.high = activation, low, high
+        self.middle = ((high.astype(np.float64) + low) / 2).astype(np.float32)
+        self.half = ((high.astype(np.float64) - low) / 2).astype(np.float32)
+
+    def sample(self, obs: np.ndarray, noise: np.ndarray | None = None, offset: int = 0) -> np.ndarray:
+        """Raw observations (n, obs_dim) float32 and noise (n, action_dim) -> actions; without noise, their mean."""
+        activation, start, n = ACTIVATIONS[self.activation][1], offset % TILE, len(obs)
+        tiles = math.ceil((start + n) / TILE)
+        x = np.zeros((tiles, TILE, len(self.obs_mean)), np.float32)  # NumPy multiplies tile by tile
+        rows = x.reshape(tiles * TILE, -1)[start : start + n]
+        np.clip((obs - self.obs_mean) * self.obs_scale, -OBS_CLIP, OBS_CLIP, out=rows)
+        for weight, bias in self.layers[:-1]:
+            x = activation(x @ weight + bias)
+        weight, bias = self.layers[-1]
+        out = (x @ weight + bias).reshape(tiles * TILE, -1)[start : start + n]
+        return Gaussian.act(out, self.std, noise)
+
+    def env_action(self, action: np.ndarray) -> np.ndarray:
+        """Clips to [-1, 1] and maps to the environment's bounds."""
+        action = self.middle + self.half * np.clip(action, -1, 1)
+        return np.clip(action, self.low, self.high)  # rounding may have gone past the bounds
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Raw observation (obs_dim,) or batch (n, obs_dim) -> deterministic actions ready for step(), one or (n, ...).
+
+        An observation may also have the environment's own shape, as (4, 3) for four stacked frames of three numbers.
+        """
+        obs, size = np.asarray(obs, np.float32), len(self.obs_mean)
+        actions = self.env_action(self.sample(obs.reshape(-1, size)))
+        return actions[0] if obs.size == size and obs.shape != (1, size) else actions
+
+
+def policy_arrays(weights: dict[str, Tensor]) -> list[np.ndarray]:
+    """An agent's state dict -> what Policy takes, float32: mean, scale, std, then each layer's weight.T and bias."""
+    obs_dim = weights["actor.0.weight"].shape[1]
+    logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
+    arrays = [weights["normalizer.mean"][:obs_dim], (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt()]
+    arrays += [torch.empty(0) if logstd is None else logstd.exp()]
+    arrays += [w.t() for name, w in weights.items() if re.fullmatch(r"actor\.\d+\.(weight|bias)", name)]
+    return [a.detach().cpu().numpy().astype(np.float32, order="C") for a in arrays]
 
 
 # ---- Workers ---------------------------------------------------------------------------------------------------------
@@ -927,11 +975,11 @@ class Worker(gym.Env):
         for i, (env, seed) in enumerate(zip(envs, seeds)):
             obs[i] = reset_env(env, seed)
             self.beat()
-        rngs = [np.random.default_rng((seed, 1)) for seed in seeds]
+        rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
         returns, lengths, fell = np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs), bool)
         running, limit = np.arange(len(envs)), self.task.max_episode_steps or ENDLESS
         while len(running):
-            noise = [rng.standard_normal(self.task.action_dim, np.float32) for rng in rngs] if stochastic else None
+            noise = [Gaussian.noise(rng, self.task.action_dim).numpy() for rng in rngs] if stochastic else None
             actions = self.policy.env_action(self.policy.sample(obs, noise and np.stack(noise)))
             some = [envs[i] for i in running]
             obs[running], rewards, terminated, truncated = step_envs(some, actions[running], self.beat)
@@ -1093,7 +1141,7 @@ class VecEnv:
                 if code := process.exitcode:
                     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
                     return f"worker {process.name.split('-')[-1]} {how}"
-            return "a worker ended while it was started"
+            return "a worker closed its pipe"
         errors = [f"worker {i} failed:\n{result}" for i, result in enumerate(results) if isinstance(result, str)]
         return errors[0] if errors else results
 
@@ -1445,6 +1493,7 @@ def put_back(env: gym.Env, state: np.ndarray) -> None:
 FORMAT = "ppo_vec 2"
 MAGIC = b"ppo_vec1"  # before the digest that follows the checkpoint's bytes
 MAX_BYTES = 2**31  # of a file that is read
+PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict"  # what a checkpoint's pickle calls
 
 
 class State:
@@ -1537,25 +1586,32 @@ def check_same_kind(saved: Any, own: Any, name: str = "it") -> None:
     elif own is not None and type(saved) is not type(own):
         raise ValueError(f"{name} is a {type(saved).__name__}")
     elif isinstance(own, Tensor):
-        if (saved.shape, saved.dtype) != (own.shape, own.dtype) or not saved.is_contiguous():
+        if (saved.shape, saved.dtype) != (own.shape, own.dtype):
             raise ValueError(f"{name} has another shape or type")
     elif isinstance(own, list) and own and name in ("optimizers", "actions"):
         for parts in zip(saved, own, strict=True):
             check_same_kind(*parts, name)
 
 
+@torch.no_grad()
 def check_copy(agent: Agent, task: Task, args: Args) -> None:
-    """Raises TrainingError where Policy does not compute what the agent does, as after a change of one of them only."""
-    obs = torch.linspace(-3, 3, 2 * TILE * (task.obs_dim + task.extra_dim)).view(2 * TILE, -1)
-    with torch.no_grad():
-        mean, logstd = agent.policy(agent.normalizer(obs.to(agent.normalizer.mean.device)))
-        expected = (mean + logstd.exp()).cpu().numpy()
-    policy = Policy(policy_arrays(agent.state_dict()), args.activation, task.low, task.high)
-    actions = policy.sample(obs[:, : task.obs_dim].numpy(), np.ones((len(obs), task.action_dim), np.float32))
-    if not np.allclose(actions, expected, rtol=1e-4, atol=1e-5):
-        raise TrainingError(
-            "the workers' Policy acts otherwise than Agent.policy: a change of one needs the other, too"
-        )
+    """Raises TrainingError where Policy does not act as the agent does, as after a change of one of them only."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # on random weights and statistics: at first many are 0 or 1
+            torch.manual_seed(0)
+            probe = copy.deepcopy(agent).cpu()
+            for tensor in (*probe.parameters(), probe.normalizer.mean):
+                tensor += 0.3 * torch.randn(tensor.shape)
+            probe.normalizer.var *= 1 + torch.rand(probe.normalizer.var.shape)
+            obs = 9 * torch.randn(2 * TILE, task.obs_dim + task.extra_dim)
+        mean, logstd = probe.distribution.mean_logstd(probe.policy(probe.normalizer(obs)))
+        policy = Policy(policy_arrays(probe.state_dict()), args.activation, task.low, task.high)
+        actions = policy.sample(obs[:, : task.obs_dim].numpy(), np.ones((len(obs), task.action_dim), np.float32))
+        same = np.allclose(actions, (mean + logstd.exp()).numpy(), rtol=1e-3, atol=1e-3)
+    except (ValueError, IndexError, KeyError):  # a layer that Policy does not know
+        same = False
+    if not same:
+        raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
 
 
 def policy_dict(agent: Agent, args: Options, task: Task) -> dict[str, Any]:
@@ -1620,7 +1676,9 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> TrainingError:
-    return TrainingError(f"cannot write {path}: {error.strerror}; mend that, and --resume {path.parent} loses nothing")
+    whole = (path.parent / "checkpoint.pt").exists() or (path.parent / "checkpoint.previous.pt").exists()
+    help = f"; mend that, and --resume {path.parent} loses nothing" if whole else ""
+    return TrainingError(f"cannot write {path}: {error.strerror}{help}")
 
 
 def encode(tree: dict[str, Any]) -> bytes:
@@ -1634,7 +1692,8 @@ def encode(tree: dict[str, Any]) -> bytes:
 def decode(data: bytes) -> dict[str, Any]:
     """Raises ValueError, saying why, for bytes that are not an intact checkpoint. Executes nothing.
 
-    The digest tells that a file is intact, not who made it: a stranger's must cost no more memory than it has bytes.
+    The digest tells that a file is intact, not who made it. A stranger's must not cost more than its size: nothing is
+    compressed, lies on top of something else, or is made by calling anything but the parts of a plain tensor.
     """
     body, tail = data[: -len(MAGIC) - 32], data[-len(MAGIC) - 32 :]
     if not tail.startswith(MAGIC):
@@ -1643,10 +1702,22 @@ def decode(data: bytes) -> dict[str, Any]:
         raise ValueError("is damaged: its digest does not match")
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as archive, warnings.catch_warnings():
-            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            infos = archive.infolist()
+            if any(i.compress_type for i in infos) or sum(i.file_size for i in infos) > len(body):
                 raise ValueError
+            (pickled,) = (i.filename for i in infos if i.filename.endswith("/data.pkl"))
+            for opcode, called, _ in pickletools.genops(archive.read(pickled)):
+                if "GLOBAL" in opcode.name and not re.fullmatch(PLAIN, str(called)):
+                    raise ValueError
             warnings.simplefilter("ignore")  # torch's about strange pickles
             tree = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        left, parts = len(body), [tree]
+        for part in parts:
+            inner = list(part.values()) if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+            left -= part.nbytes if isinstance(part, Tensor) else 1 + len(inner)
+            if left < 0 or (isinstance(part, Tensor) and (part.requires_grad or not part.is_contiguous())):
+                raise ValueError
+            parts += inner
     except Exception as error:  # whatever a crafted file makes the restricted unpickler raise
         raise ValueError("cannot be read as plain tensors") from error
     if not isinstance(tree, dict) or tree.get("format") not in ("ppo_vec 1", FORMAT):
@@ -1683,16 +1754,18 @@ def read_checkpoint(where: str | Path, policy: bool = False, runs_dir: str = "ru
 
 
 def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
-    """The arguments in a checkpoint. Raises UserError for another version's; to use its `policy` those in common do."""
+    """The arguments in a checkpoint; flags that it lacks get their defaults. Raises UserError for flags that are gone.
+
+    To use a `policy`, those do not matter.
+    """
     import typeguard  # tyro depends on it
 
     try:
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["args"].items()}
         hints = typing.get_type_hints(Options)
-        if policy:
-            saved = {name: value for name, value in saved.items() if name in hints}
-        elif odd := saved.keys() ^ hints.keys():
-            raise ValueError(f"another version of ppo_vec made it, with other flags ({', '.join(sorted(odd))})")
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["args"].items()}
+        if not policy and (gone := saved.keys() - hints.keys()):
+            raise ValueError(f"another version of ppo_vec made it, with other flags ({', '.join(sorted(gone))})")
+        saved = {name: value for name, value in saved.items() if name in hints}
         for name, value in saved.items():
             typeguard.check_type(value, hints[name])
         untrusted = {name: getattr(Options, name) for name in UNTRUSTED}
@@ -1715,13 +1788,16 @@ def load_policy(where: str | Path) -> Policy:
 def policy_of(tree: dict[str, Any]) -> Policy:
     """The policy in a checkpoint, whatever version of ppo_vec has written it. Raises UserError."""
     try:
-        tensors = {name: tensor for name, tensor in tree["agent"].items() if name.startswith(("actor.", "normalizer."))}
-        for tensor in (*tensors.values(), tree["low"], tree["high"]):
-            if not (tensor.is_contiguous() and tensor.isfinite().all()):  # stride 0 makes many numbers of one
-                raise ValueError("its weights are not finite, or no plain tensors")
+        tensors = {
+            name: tensor
+            for name, tensor in tree["agent"].items()
+            if name.startswith(("actor.", "distribution.", "normalizer."))
+        }
+        if not all(tensor.isfinite().all() for tensor in (*tensors.values(), tree["low"], tree["high"])):
+            raise ValueError("its weights are not finite")
         arrays = policy_arrays(tensors)
         policy = Policy(arrays, tree["args"]["activation"], tree["low"].numpy(), tree["high"].numpy())
-        if policy(np.zeros((1, len(policy.mean)), np.float32)).shape != (1, len(policy.low)):
+        if policy(np.zeros((1, len(policy.obs_mean)), np.float32)).shape != (1, len(policy.low)):
             raise ValueError("its shapes do not fit")
         return policy
     except Exception as error:
@@ -1864,6 +1940,8 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path
     temporary = path.with_name(f"{path.stem}.tmp.mp4")
     try:
         path.parent.mkdir(exist_ok=True)
+        if path.parent.is_symlink():
+            raise ValueError("videos is a link")
         temporary.unlink(missing_ok=True)
         env = make_env(args, published=True, render_mode="rgb_array")
         fps = env.metadata.get("render_fps", 30)
@@ -1948,7 +2026,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, state: State) -> None:
-        self.folder, self.args, self.goal, self.steps_before = folder, state.args, state.task.goal, state.global_step
+        self.folder, self.args, self.steps_before = folder, state.args, state.global_step
         self.started = self.clock = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.recent: deque[tuple[float, int]] = deque(maxlen=100)  # (return, length) of the last episodes
@@ -1979,7 +2057,8 @@ class Log:
                 raise UserError(f"--track: {one_line(error)}") from error
         before, summary = read_json(self.folder / "args.json"), read_json(self.folder / "summary.json")
         earlier = before.pop("earlier", [])
-        info = {**describe_run(args), "earlier": [*(earlier if isinstance(earlier, list) else []), before]}
+        earlier = [*(earlier if isinstance(earlier, list) else []), *([before] if before else [])]
+        info = {**describe_run(args), "earlier": earlier}
         write_file(self.folder / "args.json", json.dumps(info, indent=2).encode())
         if summary.get("finished"):  # a finished run that goes on
             write_file(self.folder / "summary.json", json.dumps({**summary, "finished": False}, indent=2).encode())
@@ -2004,20 +2083,15 @@ class Log:
                 raise cannot_write(self.paths[name], error) from error
         return {name: file.tell() for name, file in self.files.items()}
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, *_: Any) -> None:
         for closed in (self.bar, *self.files.values()):
             with contextlib.suppress(OSError):
                 closed.close()
-        if kind is None:
-            try:
-                plot_learning_curve(self.folder, self.goal)
-            except (ImportError, ValueError, UserError) as error:  # no matplotlib, a changed file
-                warn(f"no learning_curve.png: {one_line(error)}")
         if self.wandb is not None:
             self.wandb.finish()
 
     def lap(self, name: str) -> None:
-        """The time since the last lap, or since the last log, was spent on `name`."""
+        """The time since the last lap was spent on `name`."""
         now = time.perf_counter()
         self.seconds[name], self.clock = now - self.clock, now
 
@@ -2070,18 +2144,16 @@ class Log:
                 shown = {"return": f"{ret:.1f}", "length": f"{length:.0f}", **shown}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(min(state.global_step, self.args.total_timesteps) - self.bar.n)
-        self.clock = time.perf_counter()
 
     def evaluation(self, state: State, row: dict[str, Any]) -> None:
         self.scalars(state.global_step, {"charts/eval_return": row["mean"]})
         say(f"step {state.global_step}: evaluation {summary_text(row)}")
-        self.clock = time.perf_counter()
 
 
 @torch.no_grad()
 def mean_std(agent: Agent, rollout: Rollout) -> float:
     """The mean standard deviation of the actions, in units of the bounds."""
-    return float(agent.policy(agent.normalizer(rollout.obs[:-1]))[1].exp().mean())
+    return float(agent.distribution.mean_logstd(agent.policy(agent.normalizer(rollout.obs[:-1])))[1].exp().mean())
 
 
 def describe_run(args: Options) -> dict[str, Any]:
@@ -2110,13 +2182,15 @@ def describe_run(args: Options) -> dict[str, Any]:
     }
 
 
-def plot_learning_curve(folder: Path, goal: float | None) -> None:
+def plot_learning_curve(folder: Path, state: State) -> None:
     """learning_curve.png: the mean return of a window of episodes with its deviation, against steps; evaluations."""
-    from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
-
+    try:
+        from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
+    except ImportError:
+        return warn("no learning_curve.png without matplotlib")
     lines = read_file(folder / "episodes.csv").decode().splitlines()[1:]
     if not lines:
-        return
+        return None
     rows = np.array([line.split(",")[:3] for line in lines], float)
     window = max(1, min(100, len(rows) // 10))
     recent = np.lib.stride_tricks.sliding_window_view(rows[:, 2], window)
@@ -2125,32 +2199,38 @@ def plot_learning_curve(folder: Path, goal: float | None) -> None:
     axes = figure.subplots()
     axes.fill_between(steps, mean - std, mean + std, alpha=0.25, lw=0, label="±1 standard deviation")
     axes.plot(steps, mean, lw=1.5, label=f"training return, mean of {window} episodes")
-    tree = read_checkpoint(folder)[1]
-    if points := [(row["global_step"], row["mean"]) for row in tree["evaluations"]]:
+    if points := [(row["global_step"], row["mean"]) for row in state.evaluations]:
         axes.plot(*zip(*points), "o", ms=5, color="C1", label="evaluation, deterministic")
-    if tree["solved_at_step"] is not None:
-        axes.axvline(tree["solved_at_step"], color="C2", lw=1, ls=":", label="solved")
-    if goal is not None:
-        axes.axhline(goal, color="0.4", lw=1, ls="--", label=f"goal {goal:g}")
+    if state.solved_at_step is not None:
+        axes.axvline(state.solved_at_step, color="C2", lw=1, ls=":", label="solved")
+    if state.task.goal is not None:
+        axes.axhline(state.task.goal, color="0.4", lw=1, ls="--", label=f"goal {state.task.goal:g}")
     axes.set(xlabel="environment steps", ylabel="return", title=folder.name)
     axes.legend(loc="lower right", fontsize="small")
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
-    write_file(folder / "learning_curve.png", buffer.getvalue())
+    return write_file(folder / "learning_curve.png", buffer.getvalue())
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 CHANGEABLE = {  # on --resume; whatever else changed would make it another run
     "total_timesteps", "num_workers", "worker_timeout", "track", "capture_video", "eval_episodes", "cuda", "resume",
-    "runs_dir", "run_name",
+    "runs_dir",
 }  # fmt: skip
 CHOSEN = {  # on --evaluate
     "num_workers", "worker_timeout", "capture_video", "eval_episodes", "stochastic", "evaluate", "runs_dir",
 }  # fmt: skip
 UNTRUSTED = {"track", "num_workers", "capture_video", "runs_dir", "run_name"}  # not taken from a checkpoint
 GRACE = 5.0  # seconds that an iteration has to finish after a signal
+
+
+def is_json_object(text: str) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(text), dict)
+    return False
+
 
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what their values must be, in words
     ("num_\\w+|total_timesteps|update_epochs|eval_episodes", lambda v: v >= 1, "be at least 1"),
@@ -2165,6 +2245,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what the
     ("(final_)?fall_reward", lambda v: -math.inf < v < 0, "be a finite number less than 0"),
     ("activation", lambda v: v in ACTIVATIONS, f"be one of {', '.join(ACTIVATIONS)}"),
     ("run_name", lambda v: Path(v).name == v != "..", "be a plain folder name"),
+    ("env_kwargs", is_json_object, "be a JSON object"),
     ("wrappers", lambda v: all(re.fullmatch(r"[\w.]+:\w+", name) for name in v), "each be of the form module:function"),
 )  # fmt: skip
 
@@ -2257,7 +2338,7 @@ def choose_device(args: Args) -> torch.device:
 
 def evaluate_run(args: Options, task: Task, policy: Policy, folder: Path) -> None:
     """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints the result."""
-    arrays = [policy.mean, policy.scale, policy.std, *itertools.chain.from_iterable(policy.layers)]
+    arrays = [policy.obs_mean, policy.obs_scale, policy.std, *itertools.chain.from_iterable(policy.layers)]
     workers = args.num_workers or usable_cores()
     args = dataclasses.replace(args, num_envs=4 * TILE * workers, num_workers=workers, num_steps=1, practice=0.0)
     seeds, episodes = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes)), []
@@ -2278,11 +2359,14 @@ def evaluate_run(args: Options, task: Task, policy: Policy, folder: Path) -> Non
 
 def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> None:
     """Raises UserError for what this machine lacks, or a checkpoint of other sizes, before either costs anything."""
-    for name, wanted, module in (("track", args.track, "wandb"), ("capture_video", args.capture_video, "imageio")):
+    wandb, video = ("--track", "wandb"), ("--capture-video", "imageio[ffmpeg]")
+    needed = {"wandb": wandb} if args.track else {}
+    needed |= {"imageio": video, "imageio_ffmpeg": video} if args.capture_video else {}
+    for module, (name, package) in needed.items():
         try:
-            _ = wanted and importlib.import_module(module)
+            importlib.import_module(module)
         except ImportError as error:
-            raise UserError(f"{flag(name)} needs a package: pip install {module}") from error
+            raise UserError(f"{name} needs a package: pip install '{package}'") from error
     if args.evaluate is None and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         # float32 numbers of a step: observations twice, actions and noise; and once more in torch's hands.
         size = 8 * args.batch_size * 2 * (task.obs_dim + task.extra_dim + task.action_dim)
@@ -2303,7 +2387,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> Non
 
 
 @contextlib.contextmanager
-def stop_signals(folder: Path) -> Iterator[Callable[[], int | None]]:
+def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None]]:
     """Gives a function that tells the signal, SIGINT or SIGTERM, that has asked the run to end, if one has.
 
     The iteration has GRACE seconds to finish. Then, or by a second signal, the process ends at once: what has happened
@@ -2324,7 +2408,7 @@ def stop_signals(folder: Path) -> Iterator[Callable[[], int | None]]:
         timer.args = (number,)
         timer.start()
 
-    timer = threading.Timer(GRACE, end)
+    timer = threading.Timer(GRACE, lambda number: None if state.finished else end(number))
     timer.daemon = True
     main_thread = threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
@@ -2358,7 +2442,7 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder}: {error.strerror}") from error
     try:
-        if new and any(file.name != ".lock" for file in folder.iterdir()):
+        if new and any(file.suffix == ".pt" or file.name == "summary.json" for file in folder.iterdir()):
             raise UserError(f"{folder} already holds a run; --resume {folder} continues it")
         yield dataclasses.replace(args, run_name=name), folder
     finally:
@@ -2373,7 +2457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_machine(args, task, tree)
         if tree is not None:
             policy = policy_of(tree)
-            if (task.obs_dim, task.action_dim) != (len(policy.mean), len(policy.low)):
+            if (task.obs_dim, task.action_dim) != (len(policy.obs_mean), len(policy.low)):
                 raise UserError(f"the checkpoint does not fit {args.env_id}: other observations or actions")
             if args.evaluate is not None:
                 evaluate_run(args, task, policy, path.parent)

@@ -32,6 +32,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pickle
 import pickletools
@@ -351,7 +352,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     shuffles = torch.stack(epochs).view(-1, args.minibatch_size).to(returns.device)
 
     actor.param_groups[0]["lr"] = args.learning_rate
-    critic.param_groups[0]["lr"] = args.critic_learning_rate
+    critic.param_groups[0]["lr"] = args.critic_learning_rate or args.learning_rate
     metrics = side_by_side(
         lambda: descend(agent, actor, policy_loss, batch, shuffles, args),
         lambda: descend(agent, critic, value_loss, batch, shuffles, args),
@@ -521,9 +522,7 @@ class Options(Args):
 
     env_id: str = "BipedalWalker-v3"  # a Gymnasium environment with Box observations and bounded Box actions
     env_kwargs: str = "{}"  # keyword arguments of the environment as JSON, such as '{"gravity": -5}'
-    wrappers: tuple[
-        str, ...
-    ] = ()  # functions that wrap an environment, each as module:function (of a module on PYTHONPATH)
+    wrappers: tuple[str, ...] = ()  # functions that wrap the environment, as module:function (found on PYTHONPATH)
     runs_dir: str = "runs"  # the folder of the run folders
     run_name: str | None = None  # the run folder's name; default {env_id}__ppo_vec__{seed}__{time}
     resume: str | None = None  # continue this run (its folder, or "latest")
@@ -764,12 +763,12 @@ class Policy:
         activation, start, n = ACTIVATIONS[self.activation][1], offset % TILE, len(obs)
         tiles = math.ceil((start + n) / TILE)
         x = np.zeros((tiles, TILE, len(self.obs_mean)), np.float32)  # NumPy multiplies tile by tile
-        rows = x.reshape(tiles * TILE, -1)[start : start + n]
+        rows = x.reshape(tiles * TILE, len(self.obs_mean))[start : start + n]
         np.clip((obs - self.obs_mean) * self.obs_scale, -OBS_CLIP, OBS_CLIP, out=rows)
         for weight, bias in self.layers[:-1]:
             x = activation(x @ weight + bias)
         weight, bias = self.layers[-1]
-        out = (x @ weight + bias).reshape(tiles * TILE, -1)[start : start + n]
+        out = (x @ weight + bias).reshape(tiles * TILE, len(bias))[start : start + n]
         return Gaussian.act(out, self.std, noise)
 
     def env_action(self, action: np.ndarray) -> np.ndarray:
@@ -1071,6 +1070,8 @@ class VecEnv:
         watchdog = threading.Timer(max(self.args.worker_timeout, STARTING), kill_started)
         watchdog.daemon = True
         watchdog.start()
+        if self.context == "spawn":  # its start would unblock them
+            multiprocessing.resource_tracker.ensure_running()
         block_signals(True)  # until a worker has its own handlers
         try:
             self.workers = AsyncVectorEnv(
@@ -1083,6 +1084,7 @@ class VecEnv:
         finally:
             block_signals(False)
             watchdog.cancel()
+            watchdog.join()
 
     def close(self, kill: bool = False) -> None:
         """Lets the workers close their environments; ends those that do not in time, or all of them at once."""
@@ -1162,12 +1164,14 @@ class VecEnv:
         shares = self.call("rollout")
         if data.restarted.any():
             warn(f"{data.restarted.sum()} environments cannot be replayed; their episodes start anew")
-        for name in ("obs", "final_obs", "actions", "rewards"):
-            finite = np.isfinite(getattr(data, name))
-            if not finite.all():
-                t, env = np.argwhere(~finite)[0][:2]
-                value = getattr(data, name)[t, env]
-                raise TrainingError(f"{name} of environment {env} at step {t} of the rollout are not finite: {value}")
+        bad = []
+        for order, name in enumerate(("obs", "actions", "final_obs", "rewards")):
+            places = np.argwhere(~np.isfinite(getattr(data, name)))
+            bad += [(*places[0][:2].tolist(), order, name)] if len(places) else []
+        if bad:  # the first: what follows from it is not finite either
+            t, env, _, name = min(bad, key=lambda place: (place[0], place[2]))
+            value = getattr(data, name)[t, env]
+            raise TrainingError(f"{name} of environment {env} at step {t} of the rollout are not finite: {value}")
         episodes = sorted(itertools.chain.from_iterable(shares), key=lambda e: (e["t"], e["env"]))
         for episode in episodes:
             episode["global_step"] = global_step + (episode.pop("t") + 1) * self.args.num_envs
@@ -1552,10 +1556,11 @@ class State:
         """Raises UserError if `saved` does not fit this agent and environment."""
         try:
             check_same_kind(saved, {**self.state_dict(), "args": saved["args"]})
-            for row in (*saved["evaluations"], *(candidate["evaluation"] for candidate in saved["candidates"])):
-                float(row["mean"]), float(row["std"]), int(row["episodes"]), int(row["global_step"])
+            row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0, False)], self.task.goal)}
+            for evaluation in saved["evaluations"]:
+                check_same_kind(evaluation, row)
             for candidate in saved["candidates"]:
-                check_same_kind(candidate["agent"], self.agent.state_dict())
+                check_same_kind(candidate, {"agent": self.agent.state_dict(), "evaluation": row})
             for chunk in itertools.chain(*saved["envs"]["actions"]):
                 check_same_kind(chunk, torch.empty(len(chunk), self.task.action_dim))
             worker_class(self.args).check_memory(saved["envs"]["memory"].numpy())
@@ -1583,7 +1588,7 @@ def check_same_kind(saved: Any, own: Any, name: str = "it") -> None:
             raise ValueError(f"{name} has other entries")
         for key in own:
             check_same_kind(saved[key], own[key], str(key))
-    elif own is not None and type(saved) is not type(own):
+    elif type(saved) is not type(own) and not (own is None and type(saved) in (int, float)):
         raise ValueError(f"{name} is a {type(saved).__name__}")
     elif isinstance(own, Tensor):
         if (saved.shape, saved.dtype) != (own.shape, own.dtype):
@@ -1703,9 +1708,9 @@ def decode(data: bytes) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as archive, warnings.catch_warnings():
             infos = archive.infolist()
-            if any(i.compress_type for i in infos) or sum(i.file_size for i in infos) > len(body):
+            if sum(info.file_size for info in infos) > len(body):
                 raise ValueError
-            (pickled,) = (i.filename for i in infos if i.filename.endswith("/data.pkl"))
+            (pickled,) = (info.filename for info in infos if info.filename.lower().endswith("/data.pkl"))
             for opcode, called, _ in pickletools.genops(archive.read(pickled)):
                 if "GLOBAL" in opcode.name and not re.fullmatch(PLAIN, str(called)):
                     raise ValueError
@@ -1983,6 +1988,7 @@ def say(message: str) -> None:
 def progress_bar(total: int, initial: int, unit: str) -> Any:
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # no thread beside the forks
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no redrawing
     return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True)
 
@@ -2416,6 +2422,8 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
         yield lambda: received[0] if received else None
     finally:
         timer.cancel()
+        if received:
+            timer.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -29,10 +29,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import unittest.mock
 import uuid
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,22 +44,21 @@ from typing import Any, ClassVar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # last: a changed copy of ppo_vec on PYTHONPATH can be put to the test
 
+import ppo_vec  # isort: skip  first: it chooses OpenBLAS's kernel, before NumPy is imported
+
 import gymnasium as gym
 import numpy as np
 import torch
-
-import ppo_vec
 
 SMALL = (
     "--num-envs", "4", "--num-workers", "2", "--num-steps", "64", "--num-minibatches", "4", "--update-epochs", "2",
     "--total-timesteps", "4000", "--eval-episodes", "2",
 )  # fmt: skip
-EAGER = "ppo_vec.Run.save_now_and_then = ppo_vec.Run.save"  # a patch: a checkpoint after every iteration
+ITERATIONS = 16  # of a run with these arguments
+EAGER = "ppo_vec.should_save = lambda state: True"  # a patch: a checkpoint after every iteration
 MARK = "PPO_VEC_FAULTS"  # an environment variable that tells the processes of one run from all others
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run in a process of its own
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- A run in a process of its own -----------------------------------------------------------------------------------
 
 
 def command(*args: str, patch: str = "") -> list[str]:
@@ -66,10 +68,6 @@ def command(*args: str, patch: str = "") -> list[str]:
     paths = [str(Path(ppo_vec.__file__).parent), str(Path(__file__).parent)]
     code = f"import sys; sys.path[:0] = {paths}\nimport ppo_vec, faults\n{patch}\nsys.exit(ppo_vec.main())"
     return [sys.executable, "-c", code, *args]
-
-
-def resume_args(run: Path | str, *args: str) -> list[str]:
-    return ["--resume", str(run), *args]
 
 
 @dataclass
@@ -101,22 +99,11 @@ class Trainer:
         variables = {**os.environ, **(env or {}), MARK: self.mark, "TMPDIR": str(self.temporary / "tmp")}
         self.out, self.err = (open(self.temporary / name, "w+") for name in ("out", "err"))  # noqa: SIM115
         self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            command(*args, patch=patch),
-            stdin=subprocess.DEVNULL,
-            stdout=self.out,
-            stderr=self.err,
-            env=variables,
-            **popen,
-        )
+        files = {"stdin": subprocess.DEVNULL, "stdout": self.out, "stderr": self.err}
+        self.process = subprocess.Popen(command(*args, patch=patch), env=variables, **files, **popen)
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def running(self) -> bool:
-        return self.process.poll() is None
+    pid = property(lambda self: self.process.pid)
+    running = property(lambda self: self.process.poll() is None)
 
     def stderr(self) -> str:
         return (self.temporary / "err").read_text()
@@ -133,32 +120,19 @@ class Trainer:
             time.sleep(0.002)
         return True
 
-    def wait_checkpoint(self, run: Path) -> bool:
-        return self.wait_for((run / "checkpoint.pt").exists)
+    def wait_moment(self, run: Path, iterations: int, seconds: float) -> None:
+        """Waits until so many iterations of a run with a checkpoint are logged, and then so many seconds."""
+        self.wait_for(lambda: (run / "checkpoint.pt").exists() and logged_iterations(run) >= iterations)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
 
     def workers(self) -> list[int]:
         """Process ids of the workers: children that were forked and have run no other program."""
-        try:
+        with contextlib.suppress(OSError):
             children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
             mine = Path(f"/proc/{self.pid}/cmdline").read_bytes()
             return [int(pid) for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes() == mine]
-        except OSError:
-            return []
-
-    def zombies(self) -> list[int]:
-        with contextlib.suppress(OSError):
-            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-            return [int(pid) for pid in children if state_of(int(pid)) == "Z"]
         return []
-
-    def signal_worker(self, number: int, rng: random.Random) -> bool:
-        """Sends a signal to one of the workers; False if there is none."""
-        workers = self.workers()
-        if workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(workers), number)
-                return True
-        return False
 
     def send(self, number: int) -> None:
         self.started = time.monotonic()
@@ -175,8 +149,7 @@ class Trainer:
 
     def abandon(self) -> None:
         for pid in self.marked():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def finish(self, limit: float = 250) -> Result:
@@ -189,12 +162,9 @@ class Trainer:
             raise AssertionError(f"hangs: no end within {limit:g} s:\n{err}") from None
         seconds = time.monotonic() - self.started
         end = time.monotonic() + 20  # workers notice within a second that their trainer is gone, if they get to run
-        while (alive := self.marked()) and time.monotonic() < end:
-            time.sleep(0.02)
-        leaked = self.leaked()
-        while leaked and time.monotonic() < end:  # names of other processes come and go
+        while ((alive := self.marked()) or self.leaked()) and time.monotonic() < end:
             time.sleep(0.05)
-            leaked = self.leaked()
+        leaked = self.leaked()
         self.abandon()
         self.out.close(), self.err.close()
         out, err = ((self.temporary / name).read_text() for name in ("out", "err"))
@@ -213,6 +183,11 @@ class Trainer:
         return [*names, *files]
 
 
+def kill(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
 def state_of(pid: int) -> str:
     """The letter of a process's state; X for one that does not exist."""
     try:
@@ -225,9 +200,11 @@ def start(run: Path, *args: str, **options: Any) -> Trainer:
     return Trainer(*SMALL, "--runs-dir", str(run.parent), "--run-name", run.name, *args, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bit-equality of two runs
-# ----------------------------------------------------------------------------------------------------------------------
+def logged_iterations(run: Path) -> int:
+    return sum(file.read_bytes().count(b"losses/entropy") for file in run.glob("events.out.tfevents.*"))
+
+
+# ---- Bit-equality of two runs ----------------------------------------------------------------------------------------
 
 TIMES = {"time_s", "wall_time_s", "train_time_s", "solved_at_s", "sps", "log_sizes"}
 FREE = {"run_name", "runs_dir", "num_workers", "worker_timeout", "resume", "worker_restarts"}  # change no result
@@ -235,32 +212,35 @@ FREE = {"run_name", "runs_dir", "num_workers", "worker_timeout", "resume", "work
 
 def fingerprint(run: Path) -> dict[str, Any]:
     """Everything of a run that a fault must not change. Raises AssertionError if a step was logged twice."""
-    tree = ppo_vec.decode((run / "checkpoint.pt").read_bytes())
-    best = run / "best.pt"
-    summary = run / "summary.json"
     rows = [line.split(",") for line in (run / "episodes.csv").read_text().splitlines()]
     assert rows[0] == ["global_step", "time_s", "return", "length", "env"], rows[0]
     episodes = [(int(step), ret, int(length), int(env)) for step, _, ret, length, env in rows[1:]]
     assert len({(step, env) for step, *_, env in episodes}) == len(episodes), "an episode was written twice"
     assert episodes == sorted(episodes, key=lambda e: e[0]), "episodes.csv goes back in steps"
+    readers: dict[str, Callable[[bytes], Any]] = {
+        "checkpoint.pt": ppo_vec.decode, "best.pt": ppo_vec.decode, "summary.json": json.loads, "evaluation.csv": bytes,
+    }  # fmt: skip
+    files = {name.split(".")[0]: (run / name, read) for name, read in readers.items()}
     return {
-        "checkpoint": tree,
-        "best": ppo_vec.decode(best.read_bytes()) if best.exists() else None,
-        "summary": json.loads(summary.read_text()) if summary.exists() else None,
+        **{name: read(path.read_bytes()) if path.exists() else None for name, (path, read) in files.items()},
         "episodes": episodes,
-        "scalars": {tag: v for tag, v in scalars(run).items() if not tag.startswith(("time/", "charts/SPS"))},
+        "scalars": {tag: points for tag, points in scalars(run).items() if not tag.startswith("time/")},
     }
 
 
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """{tag: [(step, value)]} of the run's one event file, through TensorBoard's own reader."""
+def events(run: Path) -> dict[str, list[Any]]:
+    """{tag: events} of the run's one event file, through TensorBoard's own reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    files = list(run.glob("events.out.tfevents.*"))
-    assert len(files) == 1, files
-    events = EventAccumulator(str(files[0]), size_guidance={"scalars": 0})
-    events.Reload()
-    result = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    (file,) = run.glob("events.out.tfevents.*")
+    reader = EventAccumulator(str(file), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {tag: reader.Scalars(tag) for tag in reader.Tags()["scalars"]}
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]}. Raises AssertionError if a step was logged twice."""
+    result = {tag: [(e.step, e.value) for e in points] for tag, points in events(run).items()}
     for tag, points in result.items():
         steps = [step for step, _ in points]
         episodic = tag in ("charts/episodic_return", "charts/episodic_length")  # two may end in the same step
@@ -291,9 +271,7 @@ def assert_same(run: Path, reference: dict[str, Any]) -> None:
     assert not found, f"{run.name} is not the undisturbed run: {'; '.join(found[:5])}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Environments that go wrong
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Environments that go wrong --------------------------------------------------------------------------------------
 
 
 class Tiny(gym.Env):
@@ -308,7 +286,7 @@ class Tiny(gym.Env):
     def __init__(self, fault: str = "", render_mode: str | None = None) -> None:
         self.fault, self.render_mode = fault, render_mode
         if fault == "slow-reset":
-            time.sleep(0.4)
+            time.sleep(0.25)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
         if fault == "discrete":
             self.observation_space = gym.spaces.Discrete(3)
@@ -318,9 +296,9 @@ class Tiny(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         if self.fault == "slow-reset":
-            time.sleep(0.4)
-        self.training = (seed or 0) >= ppo_vec.TRAINING_SEEDS
-        self.faulty = self.training and seed % 4 == 0
+            time.sleep(0.25)
+        self.evaluation = (seed or 0) < ppo_vec.TRAINING_SEEDS
+        self.faulty = self.evaluation if "evaluation" in self.fault else not self.evaluation and seed % 4 == 0
         self.elapsed = 0
         source = np.random.default_rng() if self.fault == "unrepeatable" else self.np_random
         self.state = source.uniform(-1, 1, 3)
@@ -330,25 +308,32 @@ class Tiny(gym.Env):
         self.elapsed += 1
         self.state = 0.9 * self.state + 0.1 * np.roll(self.state, 1) * np.cos(float(action[0]))
         obs, reward = self.state.astype(np.float32), float(1 - np.abs(self.state).sum())
-        now = self.faulty and self.elapsed == 9
-        if self.fault == "nan-obs" and now:
+        fault = self.fault if self.faulty and self.elapsed == 9 else ""
+        if fault == "nan-obs":
             obs[1] = np.nan
-        if self.fault == "nan-reward" and now:
-            reward = math.nan
-        if self.fault == "inf-reward" and now:
-            reward = math.inf
-        if self.fault == "nan-in-evaluation" and not self.training:
-            reward = math.nan
-        if self.fault == "raise" and now:
+        elif fault == "raise":
             raise ArithmeticError("the spring broke")
-        if self.fault == "exit" and now:
+        elif fault == "exit":
             os._exit(7)
-        return obs, reward, False, False, {}
+        elif fault.startswith(("nan", "inf")):
+            reward = float(fault[:3])
+        slow = self.faulty and self.fault == "slow-evaluation"
+        time.sleep(0.5 * slow)
+        return obs, reward, False, slow and self.elapsed == 3, {}
+
+
+class Film(Tiny):
+    """One that can be filmed."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def render(self) -> np.ndarray:
+        return np.full((16, 16, 3), self.elapsed, np.uint8)
 
 
 FAULTS = (
     "", "nan-obs", "nan-reward", "inf-reward", "nan-in-evaluation", "raise", "exit", "unrepeatable", "unbounded",
-    "discrete", "slow-reset",
+    "discrete", "slow-reset", "slow-evaluation", "film",
 )  # fmt: skip
 
 
@@ -366,99 +351,75 @@ def tiny(fault: str = "", steps: int = 120) -> tuple[str, ...]:
 
 
 for _fault in FAULTS:
-    if tiny_id(_fault) not in gym.registry:
-        gym.register(tiny_id(_fault), entry_point=Tiny, max_episode_steps=20, kwargs={"fault": _fault})
+    _kind = Film if _fault == "film" else Tiny
+    gym.register(tiny_id(_fault), entry_point=_kind, max_episode_steps=20, kwargs={"fault": _fault})
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Faults
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Faults ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Reference:
-    """An undisturbed run, and how long it took from its first checkpoint to the end of its workers."""
+    """An undisturbed run."""
 
     run: Path
-    span: float
     state: dict[str, Any]
 
     @classmethod
-    def make(cls, run: Path, *args: str, patch: str = "", jobs: int = 1) -> Reference:
-        """Runs it `jobs` times at once, for a span that is true of cases run side by side."""
-        runs = [run.with_name(f"{run.name}-{i}") for i in range(jobs)]
-        trainers = [start(r, *args, patch=patch) for r in runs]
-        for r, trainer in zip(runs, trainers):
-            trainer.wait_checkpoint(r)
-        begun = ended = time.monotonic()
-        while trainers[0].running:
-            if trainers[0].workers():
-                ended = time.monotonic()
-            time.sleep(0.01)
-        for trainer in trainers:
-            trainer.finish().check()
-        state = fingerprint(runs[0])
-        for r in runs[1:]:
-            assert_same(r, state)
-        return cls(runs[0], ended - begun, state)
+    def make(cls, run: Path, patch: str = "") -> Reference:
+        start(run, patch=patch).finish().check()
+        return cls(run, fingerprint(run))
+
+    def moments(self, rng: random.Random, count: int = 1) -> list[tuple[int, float]]:
+        """Random moments for Trainer.wait_moment, in order; one in six after the last iteration."""
+        iterations = sorted(min(rng.randrange(ITERATIONS * 6 // 5), ITERATIONS) for _ in range(count))
+        seconds = self.state["summary"]["wall_time_s"]
+        return [(i, rng.uniform(0, seconds * (0.3 if i == ITERATIONS else 0.06))) for i in iterations]
 
 
-def kill_trainer(reference: Reference, run: Path, rng: random.Random, patch: str = "") -> str:
-    """`kill -9` of the trainer at one or two random moments, --resume after each; ends bit-equal or raises.
+def kill_trainer(reference: Reference, run: Path, moments: list[tuple[int, float]], patch: str = "") -> str:
+    """`kill -9` of the trainer at each of the moments, --resume after each; ends bit-equal or raises.
 
-    Returns a note of when it was killed.
+    Returns a note of when it was killed; an empty one if the run had ended before.
     """
-    moments = []
+    killed = []
     trainer = start(run, patch=patch)
-    for _ in range(rng.randint(1, 2)):
-        trainer.wait_checkpoint(run)
-        moment = rng.uniform(0, 1.1 * reference.span)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            trainer.process.wait(moment)
+    for moment in moments:
+        trainer.wait_moment(run, *moment)
         if not trainer.running:
             break
         trainer.send(signal.SIGKILL)
-        result = trainer.finish()
-        result.check(-signal.SIGKILL)
-        moments.append(f"{moment:.2f}")
-        trainer = Trainer(*resume_args(run), patch=patch)
-        if len(moments) < 2:  # time for the import, so that the next moment falls into the training too
-            trainer.wait_for(functools.partial(newer, run / "args.json", time.time()))
+        trainer.finish().check(-signal.SIGKILL)
+        killed.append("{} + {:.2f} s".format(*moment))
+        args_json, now = run / "args.json", time.time()
+        trainer = Trainer("--resume", str(run), patch=patch)  # it cuts off what is logged after its checkpoint
+        trainer.wait_for(lambda path=args_json, now=now: path.stat().st_mtime > now)
     trainer.finish().check()
     assert_same(run, reference.state)
-    return "killed at " + ", ".join(moments) if moments else ""
+    return f"killed after iteration {', '.join(killed)}" if killed else ""
 
 
-def newer(path: Path, than: float) -> bool:
-    try:
-        return path.stat().st_mtime > than
-    except OSError:
-        return False
-
-
-def disturb_worker(number: int, reference: Reference, run: Path, rng: random.Random, args: tuple[str, ...] = ()) -> str:
+def disturb_worker(number: int, reference: Reference, run: Path, rng: random.Random, *args: str) -> str:
     """SIGKILL or SIGSTOP of a worker at a random moment; the run ends bit-equal, or this raises."""
     trainer = start(run, *args)
-    trainer.wait_checkpoint(run)
-    moment = rng.uniform(0, 0.95 * reference.span)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        trainer.process.wait(moment)
-    hit = trainer.wait_for(lambda: trainer.signal_worker(number, rng))
+    (moment,) = reference.moments(rng)
+    trainer.wait_moment(run, *moment)
+    workers: list[int] = []
+    if hit := trainer.wait_for(lambda: workers.extend(trainer.workers()) or workers):
+        kill(rng.choice(workers), number)
     trainer.finish().check()
     assert_same(run, reference.state)
     restarts = json.loads((run / "summary.json").read_text())["worker_restarts"]
-    return f"at {moment:.2f}, {restarts} restarts" if hit else ""
+    return "after iteration {} + {:.2f} s, {} restarts".format(*moment, restarts) if hit else ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Broken checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Broken checkpoints ----------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Bomb:
     """Pickles into a call that creates the file `sentinel`."""
 
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
+    sentinel: Path
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.sentinel}",)
@@ -502,38 +463,23 @@ def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     return copy
 
 
-@dataclass
 class Fuzz:
     """Broken checkpoints of one unfinished run of a tiny environment, and what must come of them."""
 
-    folder: Path
-    rng: random.Random
-    good: bytes = b""
-    previous: bytes = b""
-    tried: dict[str, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    outcomes: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path, rng: random.Random) -> None:
         """Trains the run whose checkpoints are broken, up to its next to last iteration."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.sentinel = self.folder / "executed"
-        kept: list[bytes] = []
-        real = ppo_vec.Run.save
+        self.folder, self.rng, self.sentinel = folder, rng, folder / "executed"
+        self.tried, self.outcomes, self.problems = Counter(), Counter(), []
+        kept, real = [], ppo_vec.save
 
-        def save(run: ppo_vec.Run) -> None:
-            real(run)
-            kept.append((run.path / "checkpoint.pt").read_bytes())
+        def save(run: Path, *args: Any) -> None:
+            real(run, *args)
+            kept.append((run / "checkpoint.pt").read_bytes())
 
-        with (
-            quiet(),
-            replaced_attribute(ppo_vec.Run, "save", save),
-            replaced_attribute(ppo_vec.Run, "save_now_and_then", save),
-        ):
-            code = ppo_vec.main([*tiny(), "--runs-dir", str(self.folder), "--run-name", "whole"])
-        assert code == 0
-        unfinished = [data for data in kept if ppo_vec.decode(data)["global_step"] < 120]
-        self.previous, self.good = unfinished[-2:]
+        eager = replaced_attribute(ppo_vec, "should_save", lambda state: True)
+        with quiet(), eager, replaced_attribute(ppo_vec, "save", save):
+            assert ppo_vec.main([*tiny(), "--runs-dir", str(folder), "--run-name", "whole"]) == 0
+        self.previous, self.good = [data for data in kept if ppo_vec.decode(data)["global_step"] < 120][-2:]
         self.tree = ppo_vec.decode(self.good)
         self.places = [path for path in places(self.tree) if path[-1] != "total_timesteps"]  # the default is a million
         (self.folder / "evil_module.py").write_text(f"open({str(self.sentinel)!r}, 'w')\n")
@@ -544,11 +490,16 @@ class Fuzz:
             "foreign": self.foreign,
             "malicious": self.malicious,
             "module:id": self.module_id,
+            "wrappers": lambda: self.with_value(("args", "wrappers"), ["evil_module:wrap"]),
+            "deflated": self.deflated,
             "signed, flipped bits": self.signed_flip,
-            "signed, a value missing": lambda: ppo_vec.encode(replaced(self.tree, self.rng.choice(self.places), ...)),
-            "signed, a value replaced": self.junk,
+            "signed, a value missing": lambda: self.with_value(self.rng.choice(self.places), ...),
+            "signed, a value replaced": lambda: self.with_value(self.rng.choice(self.places), self.rng.choice(JUNK)),
             "signed, a tensor of another shape": self.misshapen,
         }
+
+    def with_value(self, path: tuple[Any, ...], value: Any) -> bytes:
+        return ppo_vec.encode(replaced(self.tree, path, value))
 
     def flip(self, data: bytes) -> bytes:
         broken = bytearray(data)
@@ -573,14 +524,9 @@ class Fuzz:
         return self.good[:start] + block + self.good[start + length :]
 
     def foreign(self) -> bytes:
-        buffer = io.BytesIO()
-        np.save(buffer, np.zeros(3))
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w") as file:
-            file.writestr("policy.pth", b"x")
         return self.rng.choice((
             b"", b"\0" * 4096, self.rng.randbytes(self.rng.randrange(1, 9999)), b"hello, world\n", b'{"a": 1}',
-            buffer.getvalue(), archive.getvalue(), pickle.dumps({"format": ppo_vec.FORMAT}),
+            b"PK\5\6" + bytes(18), pickle.dumps({"format": ppo_vec.FORMAT}),
             torch_bytes({"model": torch.zeros(3)}), torch_bytes(torch.nn.Linear(2, 2)), torch_bytes(self.tree),
             sign(b""), sign(b"junk"), ppo_vec.encode({}), ppo_vec.encode({"format": "ppo_vec 999"}),
             ppo_vec.encode({"format": ppo_vec.FORMAT}), ppo_vec.encode([1]), ppo_vec.encode(torch.zeros(3)),
@@ -600,33 +546,38 @@ class Fuzz:
 
     def module_id(self) -> bytes:
         env_id = self.rng.choice((f"evil_module:{tiny_id()}", "evil_module:X-v0", ":x", "a:b:c"))
-        return ppo_vec.encode(replaced(self.tree, ("args", "env_id"), env_id))
+        return self.with_value(("args", "env_id"), env_id)
 
-    def junk(self) -> bytes:
-        return ppo_vec.encode(replaced(self.tree, self.rng.choice(self.places), self.rng.choice(JUNK)))
+    def deflated(self) -> bytes:
+        """A small file that takes much more memory than it has bytes; this one a little."""
+        compressed = io.BytesIO()
+        with (
+            zipfile.ZipFile(io.BytesIO(torch_bytes(self.tree))) as old,
+            zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as new,
+        ):
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        return sign(compressed.getvalue())
 
     def misshapen(self) -> bytes:
         """Torch's fused Adam writes past the end of a tensor that is too small: such a file can corrupt memory."""
         nets = [(key, *path) for key in ("agent", "optimizers") for path in places(self.tree[key])]
-        tensors = [path for path in nets if math.prod(self.shape(path) or ()) > 1]
-        place = self.rng.choice(tensors)
-        hollow = torch.zeros(1).expand(self.shape(place))  # of the right shape, with the memory of one number
+        tensors = {path: functools.reduce(lambda tree, key: tree[key], path, self.tree) for path in nets}
+        shapes = {path: t.shape for path, t in tensors.items() if isinstance(t, torch.Tensor) and t.numel() > 1}
+        place = self.rng.choice(list(shapes))
+        hollow = torch.zeros(1).expand(shapes[place])  # of the right shape, with the memory of one number
         other = self.rng.choice((torch.zeros(()), torch.zeros(2), torch.zeros(1, 999), hollow))
-        return ppo_vec.encode(replaced(self.tree, place, other))
+        return self.with_value(place, other)
 
-    def shape(self, path: tuple[Any, ...]) -> torch.Size | None:
-        value = functools.reduce(lambda tree, key: tree[key], path, self.tree)
-        return value.shape if isinstance(value, torch.Tensor) else None
-
-    def run(self, count: int) -> None:
-        """Tries `count` broken checkpoints, each kind as often; fills tried, outcomes and problems."""
-        for i in range(count):
-            kind = list(self.kinds)[i % len(self.kinds)]
+    def run(self, count: int) -> dict[str, Any]:
+        """Tries `count` broken checkpoints, each kind as often."""
+        for i, (name, make) in enumerate(itertools.islice(itertools.cycle(self.kinds.items()), count)):
             try:
-                self.try_one(kind, self.kinds[kind]())
+                self.try_one(name, make())
             except Exception:
-                self.problems.append(f"case {i}, {kind}: {traceback.format_exc()}")
-            self.tried[kind] = self.tried.get(kind, 0) + 1
+                self.problems.append(f"case {i}, {name}: {traceback.format_exc()}")
+            self.tried[name] += 1
+        return {"tried": self.tried, "outcomes": self.outcomes, "problems": self.problems}
 
     def try_one(self, kind: str, data: bytes) -> None:
         """Resumes, evaluates or loads; raises if code was executed, or for anything but success or one clear line."""
@@ -637,14 +588,15 @@ class Fuzz:
         (run / "checkpoint.pt").write_bytes(data)
         if mode == "previous":
             (run / "checkpoint.previous.pt").write_bytes(self.previous)
-        err = io.StringIO()
-        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), self.imports():
+        no_plots = replaced_attribute(ppo_vec, "plot_learning_curve", lambda *_: None)  # they take most of the time
+        path = replaced_attribute(sys, "path", [str(self.folder), *sys.path])
+        with path, no_plots, quiet() as err:
             if mode == "load":
                 code = self.load(run)
             else:
                 code = ppo_vec.main(["--evaluate" if mode == "evaluate" else "--resume", str(run)])
         outcome = f"{mode}: exit code {code}"
-        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        self.outcomes[outcome] += 1
         lines, where = err.getvalue().splitlines(), f"{kind}, {outcome}: {err.getvalue()}"
         assert not self.sentinel.exists(), f"code was executed: {where}"
         assert "Traceback" not in err.getvalue(), where
@@ -656,10 +608,10 @@ class Fuzz:
             assert code or "using checkpoint.previous.pt" in lines[0], where
         if kind == "signed, a tensor of another shape" and mode in ("resume", "previous"):
             assert code == 2, where
-        if kind == "module:id":
+        if kind in ("module:id", "wrappers"):
             assert mode == "load" or (code, "would import code" in lines[0]) == (2, True), where
 
-    DAMAGED = ("truncated", "flipped bits", "overwritten block")
+    DAMAGED = ("truncated", "flipped bits", "overwritten block", "deflated")
 
     @staticmethod
     def load(run: Path) -> int:
@@ -670,69 +622,38 @@ class Fuzz:
             print(f"ppo_vec.py: error: {error}", file=sys.stderr)
             return 2
 
-    @contextlib.contextmanager
-    def imports(self) -> Iterator[None]:
-        """The folder of the evil module on the path; no plots, which would take most of the time."""
-        sys.path.insert(0, str(self.folder))
-        try:
-            with replaced_attribute(ppo_vec.Run, "write_curve", lambda run: None):
-                yield
-        finally:
-            sys.path.remove(str(self.folder))
-            sys.modules.pop("evil_module", None)
+
+replaced_attribute = unittest.mock.patch.object
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-@contextlib.contextmanager
-def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    old = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, old)
+def quiet() -> Iterator[io.StringIO]:
+    """Gives what is written to stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        yield err
 
 
 def fuzz(count: int, seed: int) -> dict[str, Any]:
     """Tries `count` broken checkpoints in this process."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        suite = Fuzz(Path(folder), random.Random(seed))
-        suite.run(count)
-    return {"tried": suite.tried, "outcomes": suite.outcomes, "problems": suite.problems}
+        return Fuzz(Path(folder), random.Random(seed)).run(count)
 
 
 def isolated(function: Callable[..., Any], *args: Any, limit: float = 500) -> Any:
     """Calls `function` in a process of its own: a checkpoint that corrupts memory shall not end the suite with it."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=send_result, args=(sender, function, args))
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(limit):
-            raise AssertionError(f"{function.__name__}{args} hangs: no result within {limit:g} s")
-        result = receiver.recv()
-        process.join(10)
-        return result
-    except EOFError:
-        process.join(10)
-        raise AssertionError(f"{function.__name__}{args} crashed: exit code {process.exitcode}") from None
-    finally:
-        process.kill()
-        process.join()
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        future = pool.submit(function, *args)
+        watchdog = threading.Timer(limit, lambda: [process.kill() for process in pool._processes.values()])
+        watchdog.start()
+        try:
+            return future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise AssertionError(f"{function.__name__}{args} crashed, or hung for {limit:g} s") from None
+        finally:
+            watchdog.cancel()
 
 
-def send_result(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    sender.send(function(*args))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The long form
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The long form ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -754,15 +675,14 @@ class Row:
 
 def repeat(name: str, case: Callable[[Path, random.Random, int], str], count: int, options: argparse.Namespace) -> Row:
     """Runs `case` (folder, rng, index) `count` times, `--jobs` at a time; a case that missed its moment is repeated."""
-    row, began = Row(name, tried=count), time.monotonic()
+    row = Row(name, tried=count)
 
     def one(i: int) -> str:
         for attempt in range(30):
             rng = random.Random(f"{options.seed} {name} {i} {attempt}")
             with tempfile.TemporaryDirectory(prefix="faults-run-") as folder:
-                note = case(Path(folder) / "run", rng, i)
-            if note:
-                return note
+                if note := case(Path(folder) / "run", rng, i):
+                    return note
         raise AssertionError("the run ended before the fault, thirty times")
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
@@ -774,136 +694,114 @@ def repeat(name: str, case: Callable[[Path, random.Random, int], str], count: in
                 note = f"FAILED: {error}"
                 row.problems.append(f"case {i}: {' '.join(str(error).split())[:500]}")
             print(f"{name} {i + 1}/{count}: {note}", flush=True)
-    row.seconds = time.monotonic() - began
     row.notes = {"orphans and leaked shared memory": 0 if row.ok else "see below"}
     return row
 
 
 def bench_kill_trainer(options: argparse.Namespace, folder: Path) -> Row:
     """Every other case writes a checkpoint after each iteration: more states to resume from, more writes to hit."""
-    references = {patch: Reference.make(folder / f"r{bool(patch)}", patch=patch, jobs=2) for patch in ("", EAGER)}
+    references = {patch: Reference.make(folder / f"r{bool(patch)}", patch) for patch in ("", EAGER)}
     assert not differences(references[""].state, references[EAGER].state)
 
     def case(run: Path, rng: random.Random, i: int) -> str:
         patch = EAGER if i % 2 else ""
-        return kill_trainer(references[patch], run, rng, patch=patch)
+        return kill_trainer(references[patch], run, references[patch].moments(rng, rng.randint(1, 2)), patch)
 
     return repeat("kill -9 of the trainer, then --resume", case, options.count or 100, options)
 
 
-def bench_kill_worker(options: argparse.Namespace, folder: Path) -> Row:
-    reference = Reference.make(folder / "r", jobs=2)
+def bench_worker(name: str, count: int, number: int, args: list[str], options: Any, folder: Path) -> Row:
+    reference = Reference.make(folder / "r")
 
     def case(run: Path, rng: random.Random, i: int) -> str:
-        return disturb_worker(signal.SIGKILL, reference, run, rng)
+        return disturb_worker(number, reference, run, rng, *args)
 
-    return repeat("kill -9 of a worker", case, options.count or 100, options)
-
-
-def bench_stop_worker(options: argparse.Namespace, folder: Path) -> Row:
-    reference = Reference.make(folder / "r", jobs=2)
-
-    def case(run: Path, rng: random.Random, i: int) -> str:
-        return disturb_worker(signal.SIGSTOP, reference, run, rng, args=("--worker-timeout", "2"))
-
-    return repeat("kill -STOP of a worker, --worker-timeout 2", case, options.count or 20, options)
+    return repeat(name, case, options.count or count, options)
 
 
 def bench_fuzz(options: argparse.Namespace, folder: Path) -> Row:
-    row, began = Row("broken checkpoints", tried=options.count or 1000), time.monotonic()
-    for start_ in range(0, row.tried, 250):
-        count = min(250, row.tried - start_)
+    row, tried, outcomes = Row("broken checkpoints", tried=options.count or 1000), Counter(), Counter()
+    for first in range(0, row.tried, 250):
+        count = min(250, row.tried - first)
         try:
-            part = isolated(fuzz, count, options.seed * 1000 + start_, limit=600)
+            part = isolated(fuzz, count, options.seed * 1000 + first, limit=600)
             row.passed += count - len(part["problems"])
             row.problems += part["problems"]
-            for key in ("tried", "outcomes"):
-                for name, n in part[key].items():
-                    row.notes.setdefault(key, {})[name] = row.notes.setdefault(key, {}).get(name, 0) + n
+            tried.update(part["tried"]), outcomes.update(part["outcomes"])
         except AssertionError as error:
             row.problems.append(str(error))
-        print(f"{row.name}: {row.passed} of {start_ + count} as they must", flush=True)
-    row.seconds = time.monotonic() - began
+        print(f"{row.name}: {row.passed} of {first + count} as they must", flush=True)
+    row.notes = {"tried": dict(tried), "outcomes": dict(outcomes)}
     return row
 
 
 def bench_cost(options: argparse.Namespace, folder: Path) -> Row:
     """Steps a second of training at the defaults, with and without saving and watching, in turns."""
-    common = "ppo_vec.evaluation_due = lambda *a: False; ppo_vec.deliver = lambda *a: None"
+    common = "ppo_vec.should_evaluate = lambda *_: False; ppo_vec.choose_and_test = lambda *_: None"
     timed = f"""{common}
 import atexit, time
-real, spent = ppo_vec.Run.save, [0.0]
-def save(run):
+real, spent = ppo_vec.save, [0.0]
+def save(*args):
     began = time.perf_counter()
-    real(run)
+    real(*args)
     spent[0] += time.perf_counter() - began
-ppo_vec.Run.save = save
+ppo_vec.save = save
 atexit.register(lambda: print("saving took", spent[0], file=sys.stderr))"""
     bare = f"""{common}
-ppo_vec.Run.save = lambda run: None
-ppo_vec.Workers.run = lambda workers, beats, name, *a: (workers.call_async(name, *a), list(workers.call_wait()))[1]"""
-    row, began = Row("cost of checkpoints and healing", tried=1), time.monotonic()
-    speeds: dict[str, list[float]] = {"on": [], "off": []}
-    shares = []
+ppo_vec.save = ppo_vec.plot_learning_curve = lambda *_: None
+def call(envs, name, *args):
+    envs.workers or envs.start()
+    envs.workers.call_async("run", name, *args)
+    return list(envs.workers.call_wait())
+ppo_vec.VecEnv.call = call"""
+    speeds, shares = {"on": [], "off": []}, []
     for i in range(options.count or 4):
         for name, patch in (("on", timed), ("off", bare))[:: 1 if i % 2 else -1]:
             run = folder / f"{name}{i}"
             args = "--total-timesteps", "60000", "--runs-dir", str(folder), "--run-name", run.name
-            trainer = Trainer(*args, patch=patch)
-            result = trainer.finish(600)
-            assert result.code == 0, result.err
-            speed, seconds = training_speed(run)
-            speeds[name].append(speed)
+            result = Trainer(*args, patch=patch).finish(600).check()
+            first, *_, last = events(run)["time/SPS"]
+            seconds = last.wall_time - first.wall_time
+            speeds[name].append(round((last.step - first.step) / seconds))
             if name == "on":
                 shares.append(float(result.err.split("saving took")[1].split()[0]) / seconds)
-            print(f"cost: {name} {speed:.0f} steps/s", flush=True)
-    on, off = (statistics.median(speeds[name]) for name in ("on", "off"))
-    row.notes = {
-        "sps_on": [round(s) for s in speeds["on"]], "sps_off": [round(s) for s in speeds["off"]],
-        "cost": round(1 - on / off, 4), "share_of_time_saving": round(statistics.median(shares), 4),
-    }  # fmt: skip
-    row.passed = int(row.notes["cost"] <= 0.02)
-    row.seconds = time.monotonic() - began
-    return row
+            print(f"cost: {name} {speeds[name][-1]} steps/s", flush=True)
+    cost, share = 1 - statistics.median(speeds["on"]) / statistics.median(speeds["off"]), statistics.median(shares)
+    notes = {f"sps_{k}": v for k, v in speeds.items()} | {
+        "cost": round(cost, 4),
+        "share_of_time_saving": round(share, 4),
+    }
+    return Row("cost of checkpoints and healing", tried=1, passed=int(cost <= 0.02), notes=notes)
 
 
-def training_speed(run: Path) -> tuple[float, float]:
-    """Steps a second between the first and the last iteration's log entries, and the seconds between them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(next(run.glob("events.out.tfevents.*"))), size_guidance={"scalars": 0})
-    events.Reload()
-    points = events.Scalars("charts/SPS")
-    seconds = points[-1].wall_time - points[0].wall_time
-    return (points[-1].step - points[0].step) / seconds, seconds
-
-
-BENCHES = {
-    "kill-trainer": bench_kill_trainer, "kill-worker": bench_kill_worker, "stop-worker": bench_stop_worker,
-    "fuzz": bench_fuzz, "cost": bench_cost,
-}  # fmt: skip
+STOP = "kill -STOP of a worker, --worker-timeout 2", 20, signal.SIGSTOP, ["--worker-timeout", "2"]
+BENCHES: dict[str, Callable[[argparse.Namespace, Path], Row]] = {
+    "kill-trainer": bench_kill_trainer,
+    "kill-worker": functools.partial(bench_worker, "kill -9 of a worker", 100, signal.SIGKILL, []),
+    "stop-worker": functools.partial(bench_worker, *STOP),
+    "fuzz": bench_fuzz,
+    "cost": bench_cost,
+}
 
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = [
-        "# The fault suite",
-        "",
-        f"{about['cpu']}, {about['cores']} cores; {versions}.",
-        "",
-        "A run is as it must be if it ends with the exit code, weights, optimizer, normalisers, random states, rows of",
-        "episodes.csv, TensorBoard scalars and results of the undisturbed one, to the bit, with no traceback and with",
-        "no process and no shared memory left behind. A broken checkpoint executes nothing and ends in one clear line,",
-        "or in the use of the previous one.",
-        "",
-        "| fault | tried | as it must be | minutes | notes | run |",
-        "|---|---|---|---|---|---|",
-    ]
+    text = f"""# The fault suite
+
+{about["cpu"]}, {about["cores"]} cores; {versions}.
+
+A run is as it must be if it ends with the exit code, weights, optimizer, normalisers, random states, rows of
+episodes.csv, TensorBoard scalars and results of the undisturbed one, to the bit, with no traceback and with
+no process and no shared memory left behind. A broken checkpoint executes nothing and ends in one clear line,
+or in the use of the previous one.
+
+| fault | tried | as it must be | minutes | notes | run |
+|---|---|---|---|---|---|
+"""
     for row in rows:
         notes = "; ".join(f"{k}: {v}" for k, v in row.notes.items())
-        lines.append(f"| {row.name} | {row.tried} | {row.passed} | {row.seconds / 60:.1f} | {notes} | {row.run} |")
-    lines += [f"\n- {row.name}: {problem}" for row in rows for problem in row.problems]
-    return "\n".join(lines) + "\n"
+        text += f"| {row.name} | {row.tried} | {row.passed} | {row.seconds / 60:.1f} | {notes} | {row.run} |\n"
+    return text + "".join(f"\n- {row.name}: {problem}\n" for row in rows for problem in row.problems)
 
 
 def main() -> int:
@@ -918,26 +816,26 @@ def main() -> int:
     if unknown := set(names) - set(BENCHES):
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}")
     out = options.out or (None if options.only or options.count else ROOT / "benchmarks" / "results")
-    about = ppo_vec.describe_run(ppo_vec.Args())
+    about = ppo_vec.describe_run(ppo_vec.Options())
     del about["args"]
     # Parts can be run one by one: rows that are there already stay, each with its own command, date and commit.
-    report = out / "faults.json" if out else None
     rows = {}
-    if report and report.exists():
-        rows = {name: Row(**row) for name, row in json.loads(report.read_text())["rows"].items()}
+    if out and (out / "faults.json").exists():
+        rows = {name: Row(**row) for name, row in json.loads((out / "faults.json").read_text())["rows"].items()}
     for name in names:
+        began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             row = rows[name] = BENCHES[name](options, Path(folder))
+        row.seconds = time.monotonic() - began
         row.run = f"`{about['command']}`, {time.strftime('%Y-%m-%d %H:%M')}, commit {about['git_commit']}"
     rows = {name: rows[name] for name in BENCHES if name in rows}
     text = markdown(list(rows.values()), about)
     print(text)
-    if report:
+    if out:
         out.mkdir(parents=True, exist_ok=True)
         (out / "faults.md").write_text(text)
-        report.write_text(
-            json.dumps({**about, "rows": {name: vars(row) for name, row in rows.items()}}, indent=2) + "\n"
-        )
+        report = {**about, "rows": {name: vars(row) for name, row in rows.items()}}
+        (out / "faults.json").write_text(json.dumps(report, indent=2) + "\n")
     return 0 if all(rows[name].ok for name in names) else 1
 
 

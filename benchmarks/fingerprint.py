@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def fingerprint(run: Path) -> str:
     """The SHA-256 of what a run has learned, and of the episodes that it has seen, 16 digits each."""
     agent = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
     weights, episodes = hashlib.sha256(), hashlib.sha256()
+    agent = {name.replace("distribution.", "actor."): tensor for name, tensor in agent.items()}  # as in older files
     for name in sorted(agent):
         if name.startswith(("actor.", "critic.", "normalizer.")):
             weights.update(name.encode() + agent[name].contiguous().numpy().tobytes())
@@ -49,8 +51,11 @@ def fingerprint(run: Path) -> str:
     return f"{weights.hexdigest()[:16]} {episodes.hexdigest()[:16]}"
 
 
-def train(program: Path, run: Path, flags: list[str], kill_after: float | None) -> float:
-    """One training, killed that many seconds after its first checkpoint. Returns seconds from there to its end."""
+def train(program: Path, run: Path, flags: list[str], kill_after: float | None) -> float | None:
+    """One training, killed that many seconds after its first checkpoint, and resumed.
+
+    Returns the seconds from the first checkpoint to its end, or None if it ended before it could be killed.
+    """
     command = [sys.executable, str(program)]
     where = ["--runs-dir", str(run.parent), "--run-name", run.name]
     with open(run.with_suffix(".log"), "a") as log:
@@ -61,8 +66,8 @@ def train(program: Path, run: Path, flags: list[str], kill_after: float | None) 
         if kill_after is not None:
             time.sleep(kill_after)
             process.send_signal(signal.SIGKILL)
-            if process.wait() != -signal.SIGKILL:
-                sys.exit(f"fingerprint.py: error: {run.name} ended before it could be killed")
+            if process.wait() == 0:
+                return None
             process = subprocess.Popen([*command, "--resume", str(run)], stdout=log, stderr=log)
         if process.wait() != 0:
             sys.exit(f"fingerprint.py: error: {run.name} failed:\n{run.with_suffix('.log').read_text()[-2000:]}")
@@ -79,8 +84,10 @@ def main() -> None:
         flags = shlex.split(f"{SETTINGS[name]} {SHORT} {options.flags}")
         with tempfile.TemporaryDirectory() as folder:
             runs = Path(folder)
-            seconds = train(options.program, runs / "whole", flags, None)
-            train(options.program, runs / "killed", flags, 0.4 * seconds)
+            kill_after = 0.4 * train(options.program, runs / "whole", flags, None)
+            while train(options.program, runs / "killed", flags, kill_after) is None:
+                shutil.rmtree(runs / "killed")
+                kill_after /= 2
             whole, killed = fingerprint(runs / "whole"), fingerprint(runs / "killed")
         print(
             f"{name:10}{whole}" + ("" if whole == killed else f"  differs when killed and resumed: {killed}"),

@@ -113,7 +113,8 @@ def refuse_another_run(options: Options, folder: Path, seed: int) -> None:
     )
     try:
         found = ppo_vec.saved_args(ppo_vec.read_checkpoint(str(folder))[1])
-        found = dataclasses.replace(found, cuda=wanted.cuda)
+        same = "cuda", "worker_timeout", *ppo_vec.UNTRUSTED  # change no result, or are not saved
+        found = dataclasses.replace(found, **{name: getattr(wanted, name) for name in same})
     except ppo_vec.UserError:
         found = None
     if found != wanted:
@@ -209,7 +210,8 @@ def main(options: Options) -> None:
         after = "-" if row["solved_at_s"] is None else f"{row['solved_at_s']:.0f}"
         lines.append(
             f"| {seed} | {row['last_eval_mean']:.1f} ({row['last_eval_min']:.0f}) | {row['text']} | "
-            f"{row['solved_at_step'] or '-'} | {after} | {row['train_time_s']:.0f} | {row.get('evaluation_steps', '')} |"
+            f"{row['solved_at_step'] or '-'} | {after} | {row['train_time_s']:.0f} | "
+            f"{row.get('evaluation_steps', '')} |"
         )
     finished = [row for row in rows if row is not None and row["finished"]]
     means = np.array([row["eval_mean"] for row in finished])

@@ -32,6 +32,7 @@ ZOO = {
     "n_steps": 2048, "batch_size": 64, "gae_lambda": 0.95, "gamma": 0.999, "n_epochs": 10, "ent_coef": 0.0,
     "learning_rate": 3e-4, "clip_range": 0.18,
 }  # fmt: skip
+EPISODES, CONFIRMATION = 10, 100  # of an evaluation, and of the one that confirms a solve
 
 
 @dataclass
@@ -44,17 +45,28 @@ class Options:
     """give up after so much time"""
 
 
-class Policy:
-    """What pv.run_episodes wants of a policy."""
+class Player(pv.Worker):
+    """Plays evaluation episodes as a worker of ppo_vec does, but with SB3's policy."""
+
+    index, first, last = 0, 0, NUM_ENVS
 
     def __init__(self, model: Any, venv: Any) -> None:
-        self.model, self.venv = model, venv
+        self.args = pv.Options(env_id=ENV_ID)
+        self.task, self.model, self.venv, self.policy = pv.make_task(self.args), model, venv, self
+
+    def beat(self) -> None:
+        pass
 
     def sample(self, obs: np.ndarray, noise: None) -> np.ndarray:
         return self.model.predict(self.venv.normalize_obs(obs), deterministic=True)[0]
 
     def env_action(self, actions: np.ndarray) -> np.ndarray:
         return actions  # predict() has clipped them
+
+    def episodes(self, first: int, count: int, published: bool = False) -> dict[str, Any]:
+        """The figures of one episode for each of `count` seeds."""
+        rows = sorted(self.evaluate(list(range(first, first + count)), 1, published, stochastic=False))
+        return pv.summarize([row[1:] for row in rows], self.task.goal)
 
 
 def main(options: Options) -> None:
@@ -65,7 +77,7 @@ def main(options: Options) -> None:
     torch.use_deterministic_algorithms(False)
     folder = options.run_dir
     folder.mkdir(parents=True, exist_ok=True)
-    saved, task = folder / "progress.json", pv.Task.of(pv.Args(env_id=ENV_ID))
+    saved = folder / "progress.json"
     progress = {"evaluations": [], "selection_episodes": 0, "solved_at_step": None, "solved_at_s": None, "wall_s": 0.0}
     make = [lambda: gym.make(ENV_ID, disable_env_checker=True)] * NUM_ENVS
     if saved.exists():
@@ -76,34 +88,32 @@ def main(options: Options) -> None:
         venv = VecNormalize(DummyVecEnv(make), gamma=ZOO["gamma"])
         model = PPO("MlpPolicy", venv, device="cpu", seed=options.seed, **ZOO)
     began, before = time.perf_counter(), progress["wall_s"]
-    policy = Policy(model, venv)
+    player = Player(model, venv)
+    goal = player.task.goal
 
     def wall() -> float:
         return before + time.perf_counter() - began
 
-    def evaluate(count: int) -> list[tuple[float, int]]:
-        first = pv.SELECTION_SEEDS + progress["selection_episodes"]
+    def evaluate(count: int) -> dict[str, Any]:
         progress["selection_episodes"] += count
-        return pv.run_episodes(task, policy, list(range(first, first + count)), as_published=False)
+        return player.episodes(pv.SELECTION_SEEDS + progress["selection_episodes"] - count, count)
 
     while model.num_timesteps < options.total_timesteps and wall() < 60 * options.minutes:
         steps = NUM_ENVS * ZOO["n_steps"]
         model.learn(2 * steps, reset_num_timesteps=False)
-        episodes = evaluate(pv.EVALUATION_EPISODES)
-        row = pv.summarize(episodes, task.goal)
-        if progress["solved_at_step"] is None and row["mean"] >= task.goal:
-            confirmation = pv.summarize(evaluate(pv.CONFIRMATION_EPISODES), task.goal)
-            if confirmation["mean"] >= task.goal:
-                progress |= {"solved_at_step": model.num_timesteps, "solved_at_s": wall()}
+        row = evaluate(EPISODES)
+        unsolved = progress["solved_at_step"] is None and row["mean"] >= goal
+        if unsolved and evaluate(CONFIRMATION)["mean"] >= goal:
+            progress |= {"solved_at_step": model.num_timesteps, "solved_at_s": wall()}
         row = {"global_step": model.num_timesteps, "time_s": wall(), **row}
         progress["evaluations"].append(row)
-        print(f"step {row['global_step']}, {row['time_s']:.0f} s: {pv.describe(row)}", flush=True)
+        print(f"step {row['global_step']}, {row['time_s']:.0f} s: {pv.summary_text(row)}", flush=True)
         model.save(folder / "model.zip"), venv.save(str(folder / "venv.pkl"))
         progress["wall_s"] = wall()
         pv.write_file(saved, json.dumps(progress).encode())
 
     train_s = wall()
-    test = pv.summarize(pv.run_episodes(task, policy, list(range(100)), as_published=True), task.goal)
+    test = player.episodes(pv.TEST_SEEDS, 100, published=True)
     summary = {
         "env_id": ENV_ID, "seed": options.seed, "global_step": model.num_timesteps, "wall_time_s": wall(),
         "train_time_s": train_s, "sps": model.num_timesteps / train_s, **{f"eval_{k}": v for k, v in test.items()},
@@ -112,7 +122,7 @@ def main(options: Options) -> None:
     }  # fmt: skip
     pv.write_file(folder / "evaluations.json", json.dumps(progress["evaluations"]).encode())
     pv.write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    print(pv.describe(test))
+    print(pv.summary_text(test))
 
 
 if __name__ == "__main__":

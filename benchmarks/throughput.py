@@ -7,12 +7,14 @@
 Peers: pip install -e ".[bench]". One that is missing says so in its row, and the rest runs.
 
 Every row is set up once, then all take turns: A B C A B C ..., the first turn a warm-up that does not count. So
-whatever slows the machine down meets all rows alike. Ratios are taken turn by turn.
+whatever slows the machine down meets all rows alike. Ratios are taken turn by turn. If a row fails, the exit code is 1.
 
-In all rows a trained policy walks, with its own noise: walkers that fall at once are cheaper to step. Rows that only
-step exclude the policy's time. A row in which an environment only resets is not a step, but its time counts (skrl's
-trainer counts it as one). Ours steps a rollout's actions in one message, as its training does; the others take one step
-at a time. Peers have torch's own number of threads, one for each core; ours one, and a Python thread for the critic.
+All rows have the same hyperparameters, those of the environment but for what only ours can do (practice, what the
+critic sees, prices); the last row of the whole training has that, too. A trained policy walks, with its own noise:
+walkers that fall at once are cheaper to step. Rows that only step exclude the policy's time. Where an environment needs
+a step of its own to reset, that is not counted as one, but its time counts (skrl's trainer counts it). Ours steps a
+whole rollout at one message, as its training does; the others take one step at a time. Peers have torch's own number of
+threads, one for each core; ours one, and a Python thread for the critic.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -33,6 +35,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # last: a changed copy of ppo_vec on PYTHONPATH can be measured
@@ -44,11 +47,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-from gymnasium.envs.box2d.bipedal_walker import BipedalWalkerHeuristics
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
 ENV_ID = "BipedalWalker-v3"
 PEERS = "envpool", "stable-baselines3", "skrl"
+FOR_ALL = {  # without what only ours can do
+    "practice": 0.0, "critic_progress": False, "action_cost": 0.0, "bounds_loss_coef": 0.0, "fall_reward": None,
+    "final_fall_reward": None,
+}  # fmt: skip
+VALUE_WEIGHT = 0.25  # of the critic's mean squared error, in all trainings
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 STILL = 1e-8  # the learning rate of all trainings: they compute as ever, but the policy goes on walking as it does
 now = time.perf_counter
@@ -74,10 +81,10 @@ class Row:
         try:
             value = float(next(self.turns))
         except ImportError as error:
-            missing = (error.name or "").split(".")[0].replace("_", "-") in PEERS
-            self.note = 'not installed: pip install -e ".[bench]"' if missing else f"failed: {error}"
+            missing = (error.name or "").replace("_", "-") in PEERS
+            self.note = 'not installed: pip install -e ".[bench]"' if missing else f"failed: {pv.one_line(error)}"
         except Exception as error:
-            self.note = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            self.note = f"failed: {type(error).__name__}: {pv.one_line(error)}"
         else:
             self.samples += [] if warm_up else [value]
 
@@ -90,60 +97,38 @@ class Bench:
     """What all rows share: the policy, the arguments and how long one turn lasts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.seconds = options.seconds
-        tuned = pv.Args(**{"env_id": ENV_ID, **pv.tuned_values(ENV_ID)})
-        steps = options.num_steps or (64 if options.quick else tuned.num_steps)
-        self.args = replace(tuned, num_steps=steps, learning_rate=STILL, critic_learning_rate=None)
-        reference = ROOT / "runs" / "reference" / ENV_ID
-        where = options.policy or (reference if reference.exists() else None)
-        self.tree = pv.read_checkpoint(str(where), policy=True)[1] if where else None
-        self.about_policy = f"actions: {where}, with its noise"
-        if self.tree:
-            saved = pv.saved_args(self.tree)
-            names = "actor_hidden_sizes", "critic_hidden_sizes", "activation", "state_dependent_std"
-            self.args = replace(self.args, **{name: getattr(saved, name) for name in names})
-        else:
-            self.about_policy = (
-                "NO TRAINED POLICY (see --policy): rows that only step follow Gymnasium's heuristic walker, the others "
-                "an untrained policy whose walkers fall, so that their ratios mean little"
-            )
-        self.task = pv.Task.of(self.args)
+        self.seconds, self.task = options.seconds, pv.make_task(pv.Options())
+        self.tree = pv.read_checkpoint(options.policy, policy=True)[1]
+        self.policy, saved = pv.policy_of(self.tree), pv.saved_args(self.tree, policy=True)
+        if saved.env_id not in pv.WALKERS or saved.state_dependent_std:
+            raise pv.UserError("--policy must be a walker's, with one standard deviation for all states")
+        names = "actor_hidden_sizes", "critic_hidden_sizes", "activation"
+        self.tuned = pv.Options(**{**pv.TUNED[ENV_ID], **{name: getattr(saved, name) for name in names}})
+        steps = options.num_steps or (64 if options.quick else self.tuned.num_steps)
+        self.tuned = replace(self.tuned, num_steps=steps, learning_rate=STILL, critic_learning_rate=STILL)
 
-    def args_for(self, num_envs: int, workers: int = 1) -> pv.Args:
-        return replace(self.args, num_envs=num_envs, num_workers=workers)
+    def args_for(self, num_envs: int, workers: int = 1) -> pv.Options:
+        return replace(self.tuned, **FOR_ALL, num_envs=num_envs, num_workers=workers)
 
-    def state(self, args: pv.Args) -> pv.State:
-        state = pv.State(args, self.task, torch.device("cpu"))
-        if self.tree:
-            state.agent.load_state_dict(self.tree["agent"])
-        return state
+    def start(self, args: pv.Options) -> tuple[pv.State, pv.VecEnv]:
+        """A training whose policy walks. Its environments are not started yet, and have to be closed."""
+        task = replace(self.task, extra_dim=2 * args.critic_progress)
+        state = pv.State(args, task, torch.device("cpu"))
+        saved = {name.replace("actor.logstd", "distribution.logstd"): w for name, w in self.tree["agent"].items()}
+        for name, own in state.agent.state_dict().items():
+            if not name.startswith("critic."):  # an observation's first 24 columns
+                flat = saved[name].view(-1)[: own.numel()]
+                own.view(-1)[: len(flat)] = flat
+        return state, pv.VecEnv(args, task, state.envs, pv.policy_arrays(state.agent.state_dict()))
 
-    def actor(self, num_envs: int) -> Callable[[np.ndarray], np.ndarray]:
-        """A function from observations (n, 24) to env-ready walking actions with noise."""
-        rng = np.random.default_rng(0)
-        if self.tree:
-            policy = pv.restore_policy(self.tree)
-            return lambda obs: policy.env_action(policy.sample(obs, rng.standard_normal((len(obs), 4), np.float32)))
-        walkers = [BipedalWalkerHeuristics() for _ in range(num_envs)]
-
-        def act(obs: np.ndarray) -> np.ndarray:
-            actions = np.array([1.2 * w.step_heuristic(o) for w, o in zip(walkers, obs)], np.float32)
-            return np.clip(actions + 0.02 * rng.standard_normal(actions.shape, np.float32), -1, 1)
-
-        return act
-
-    def block(self, num_envs: int, start: int, stop: int, trainer: int) -> pv.Block:
-        """Environments [start, stop) of num_envs as a worker has them, but in this process."""
-        args = self.args_for(num_envs)
-        state = self.state(args)
-        envs = pv.VecEnv(args, self.task, state.envs)  # not started: only its shared arrays are used
-        envs.load_policy(state.agent.policy_arrays())
-        block = pv.Block(0, start, stop, self.task, envs.agent, envs.data, state.envs, trainer)
-        block.restore()
-        return block
-
-    def rollout(self, args: pv.Args) -> pv.Rollout:
-        return pv.Rollout.allocate(args, self.task.obs_dim, self.task.action_dim, torch.device("cpu"))
+    def worker(self, num_envs: int, first: int, last: int) -> pv.Worker:
+        """Environments [first, last) of num_envs as a worker has them, but in this process."""
+        state, envs = self.start(self.args_for(num_envs))
+        envs.load_policy(pv.policy_arrays(state.agent.state_dict()))
+        worker = pv.Worker(0, first, last, envs)
+        if problem := worker.run("restore"):
+            raise RuntimeError(problem)
+        return worker
 
     def repeat(self, action: Callable[[], int]) -> Iterator[float]:
         """Turns of at least `seconds` of `action`, which returns the steps it took; yields their rate."""
@@ -154,46 +139,59 @@ class Bench:
             yield steps / spent
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stepping only
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Stepping only ---------------------------------------------------------------------------------------------------
 
 
 def stepping(bench: Bench, obs: np.ndarray, step: Callable) -> Iterator[float]:
-    """Closed loop, only `step` timed: actions (n, 4) -> observations (n, 24), rewards, terminated, truncated."""
-    act, done = bench.actor(len(obs)), np.zeros(len(obs), bool)
+    """Closed loop, only `step` timed: actions (n, 4) -> observations (n, 24) and the number of steps taken."""
+    policy, rng = bench.policy, np.random.default_rng(0)
     while True:
         steps, spent = 0, 0.0
         while spent < bench.seconds:
-            actions = act(obs)
+            actions = policy.env_action(policy.sample(obs, rng.standard_normal((len(obs), 4), np.float32)))
             began = now()
-            obs, _, terminated, truncated = step(actions)[:4]
+            obs, count = step(actions)
             spent += now() - began
-            steps += len(obs) - np.count_nonzero(done)
-            done = terminated | truncated
+            steps += count
         yield steps / spent
 
 
 def one_stock(bench: Bench) -> Iterator[float]:
-    env, done = gym.make(ENV_ID, disable_env_checker=True), True
+    env = gym.make(ENV_ID, disable_env_checker=True)
 
-    def step(actions: np.ndarray) -> tuple[np.ndarray, ...]:
-        nonlocal done
-        obs, reward, *ended = (env.reset()[0], 0.0, False, False) if done else env.step(actions[0])[:4]
-        done = any(ended)
-        return obs[None], reward, *np.array(ended)[:, None]
+    def step(actions: np.ndarray) -> tuple[np.ndarray, int]:
+        obs, _, terminated, truncated, _ = env.step(actions[0])
+        return (env.reset()[0] if terminated or truncated else obs)[None], 1
 
-    yield from stepping(bench, step(np.zeros((1, 4)))[0], step)
+    yield from stepping(bench, env.reset()[0][None], step)
 
 
-def one_block(bench: Bench, num_envs: int) -> Iterator[float]:
-    block = bench.block(num_envs, 0, num_envs, trainer=os.getpid())
-    yield from stepping(bench, block.obs, block.step)
+def one_worker(bench: Bench, num_envs: int) -> Iterator[float]:
+    worker = bench.worker(num_envs, 0, num_envs)
+    yield from stepping(bench, worker.obs, lambda actions: step_worker(worker, actions))
+
+
+def step_worker(worker: pv.Worker, actions: np.ndarray) -> tuple[np.ndarray, int]:
+    obs, _, terminated, truncated = worker.step(slice(None), actions)
+    for i in np.flatnonzero(terminated | truncated):
+        obs[i] = worker.begin(i, worker.episode[i] + 1)
+    return obs, len(obs)
 
 
 def vector_env(bench: Bench, make: Callable[[], Any]) -> Iterator[float]:
+    """Gymnasium's or EnvPool's: the step after an episode's end is a reset."""
     with contextlib.closing(make()) as envs:
-        yield from stepping(bench, envs.reset()[0], envs.step)
+        obs = envs.reset()[0]
+        done = np.zeros(len(obs), bool)
+
+        def step(actions: np.ndarray) -> tuple[np.ndarray, int]:
+            nonlocal done
+            resets = np.count_nonzero(done)
+            obs, _, terminated, truncated, _ = envs.step(actions)
+            done = terminated | truncated
+            return obs, len(obs) - resets
+
+        yield from stepping(bench, obs, step)
 
 
 def stock(kind: type, num_envs: int) -> Any:
@@ -207,70 +205,67 @@ def envpool(num_envs: int) -> Any:
     return envpool.make(ENV_ID, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Ours: rollouts, the same rollouts again without the policy, training; and the limit
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Ours: rollouts, the same rollouts again without the policy, training; and the limit -----------------------------
 
-Record = list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # actions, observations, valid rows of rollouts
+Record = list[tuple[np.ndarray, np.ndarray]]  # actions and observations of rollouts
 
 
-def rollouts(bench: Bench, args: pv.Args, record: Record) -> Iterator[float]:
+def rollouts(bench: Bench, args: pv.Options, record: Record) -> Iterator[float]:
     """VecEnv.rollout alone. What it did in one turn is left in `record`."""
-    state = bench.state(args)
-    with pv.VecEnv(args, bench.task, state.envs) as envs:
+    state, envs = bench.start(args)
+    policy, rng = pv.policy_arrays(state.agent.state_dict()), np.random.default_rng(0)
+    with contextlib.closing(envs):
         while True:
             record.clear()
-            steps, spent = 0, 0.0
+            spent = 0.0
             while spent < bench.seconds:
-                noise = state.noise_rng.standard_normal((args.num_steps, args.num_envs, 4), np.float32)
+                noise = rng.standard_normal((args.num_steps, args.num_envs, 4), np.float32)
                 began = now()
-                data = envs.rollout(state.agent.policy_arrays(), noise)
+                rollout = envs.rollout(policy, noise, 0)
                 spent += now() - began
-                record.append((data.actions.copy(), data.obs.copy(), state.envs.advance(data, 0)[0]))
-                steps += record[-1][2].sum()
-            yield steps / spent
+                record.append((rollout.actions.numpy().copy(), rollout.obs.numpy().copy()))
+            yield len(record) * args.batch_size / spent
 
 
-def rollouts_again(bench: Bench, args: pv.Args, record: Record) -> Iterator[float]:
-    """The recorded rollouts, given their actions: the same walking to the bit, stepping only."""
-    with pv.VecEnv(args, bench.task, bench.state(args).envs) as envs:
+def rollouts_again(bench: Bench, args: pv.Options, record: Record) -> Iterator[float]:
+    """The recorded rollouts, given their actions as noise on zeros: the same walking to the bit, stepping only."""
+    nothing = [np.zeros(shape, np.float32) for shape in (24, 24, 4, (24, 4), 4)]  # mean, scale, std, weight, bias
+    nothing[2] += 1
+    envs = pv.VecEnv(args, bench.task, bench.start(args)[0].envs, nothing)
+    with contextlib.closing(envs):
         while True:
-            steps, spent = 0, 0.0
-            for actions, obs, valid in record:
-                envs.data.actions[...] = actions
+            spent = 0.0
+            for actions, obs in record:
                 began = now()
-                envs.run("rollout", True)
+                rollout = envs.rollout(nothing, actions, 0)
                 spent += now() - began
-                steps += valid.sum()
-                assert np.array_equal(envs.data.obs, obs), "the same actions led elsewhere"
-            yield steps / spent
+                if not np.array_equal(rollout.obs, obs):
+                    raise RuntimeError("the same actions led elsewhere")
+            yield len(record) * args.batch_size / spent
 
 
-def training(bench: Bench, args: pv.Args, learn: bool) -> Iterator[float]:
+def training(bench: Bench, args: pv.Options, learn: bool) -> Iterator[float]:
     """The rollouts of a training, with values, log probabilities and bookkeeping; with `learn` also its updates."""
-    state, rollout = bench.state(args), bench.rollout(args)
-    with pv.VecEnv(args, bench.task, state.envs) as envs:
+    state, envs = bench.start(args)
 
-        def iteration() -> int:
-            before = state.global_step
-            pv.collect(envs, state, rollout, args)
-            if learn:
-                pv.update(state.agent, state.optimizers, rollout, args, state.shuffle_rng)
-                state.agent.update_normalizers(rollout)
-            return state.global_step - before
+    def iteration() -> int:
+        rollout = pv.collect(envs, state, args)
+        if learn:
+            pv.update(state, rollout, args)
+        return args.batch_size
 
+    with contextlib.closing(envs):
         yield from bench.repeat(iteration)
 
 
-def independent(bench: Bench, args: pv.Args) -> Iterator[float]:
-    """The machine's real limit: processes that step a block each, with the policy, and never wait for another."""
+def independent(bench: Bench, args: pv.Options) -> Iterator[float]:
+    """The machine's real limit: processes with a worker's environments each, and the policy, that wait for no other."""
     context, processes, pipes = multiprocessing.get_context(START_METHOD), [], []
     bounds = np.linspace(0, args.num_envs, args.num_workers + 1).astype(int).tolist()
     try:
-        for start, stop in itertools.pairwise(bounds):
+        for pair in itertools.pairwise(bounds):
             pipe, end = context.Pipe()
-            target_args = end, bench, args.num_envs, start, stop, os.getpid()
-            processes.append(context.Process(target=step_on, args=target_args, daemon=True))
+            processes.append(context.Process(target=step_on, args=(end, bench, args.num_envs, *pair), daemon=True))
             processes[-1].start()
             end.close()  # so that recv() ends if the process does
             pipes.append(pipe)
@@ -283,25 +278,21 @@ def independent(bench: Bench, args: pv.Args) -> Iterator[float]:
             process.kill()
 
 
-def step_on(pipe: Any, bench: Bench, num_envs: int, start: int, stop: int, parent: int) -> None:
+def step_on(pipe: Any, bench: Bench, num_envs: int, first: int, last: int) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    block, rng = bench.block(num_envs, start, stop, trainer=parent), np.random.default_rng(start)
-    obs, done = block.obs, block.done
+    worker, rng = bench.worker(num_envs, first, last), np.random.default_rng(first)
+    obs = worker.obs
     while True:
         seconds, steps, began = pipe.recv(), 0, now()
         while now() - began < seconds:
-            for noise in rng.standard_normal((32, stop - start, 4), np.float32):
-                steps += len(obs) - np.count_nonzero(done)
-                obs, _, terminated, truncated = block.step(block.policy.sample(obs, noise, start))
-                done = terminated | truncated
+            for noise in rng.standard_normal((32, last - first, 4), np.float32):
+                actions = worker.policy.env_action(worker.policy.sample(obs, noise, first))
+                obs, count = step_worker(worker, actions)
+                steps += count
         pipe.send(steps / (now() - began))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The peers' training
-# ----------------------------------------------------------------------------------------------------------------------
-
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU}
+# ---- The peers' training ---------------------------------------------------------------------------------------------
 
 
 def linear_layers(*modules: nn.Module) -> list[nn.Linear]:
@@ -314,26 +305,26 @@ def copy_layers(source: nn.Module, *targets: nn.Module) -> None:
         theirs.load_state_dict(ours.state_dict())
 
 
-def sb3(bench: Bench, args: pv.Args, parallel: bool) -> Iterator[float]:
+def sb3(bench: Bench, args: pv.Options, parallel: bool) -> Iterator[float]:
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-    agent, make = bench.state(args).agent, [lambda: gym.make(ENV_ID, disable_env_checker=True)] * args.num_envs
+    agent, make = bench.start(args)[0].agent, [lambda: gym.make(ENV_ID, disable_env_checker=True)] * args.num_envs
     venv = SubprocVecEnv(make, start_method=START_METHOD) if parallel else DummyVecEnv(make)
     venv = VecNormalize(venv, gamma=args.gamma)
     model = PPO(
         "MlpPolicy", venv, learning_rate=STILL, n_steps=args.num_steps, batch_size=args.minibatch_size,
         n_epochs=args.update_epochs, gamma=args.gamma, gae_lambda=args.gae_lambda, clip_range=args.clip_coef,
-        normalize_advantage=args.norm_adv, ent_coef=args.ent_coef, vf_coef=args.vf_coef, device="cpu", seed=0,
+        normalize_advantage=True, ent_coef=args.ent_coef, vf_coef=VALUE_WEIGHT, device="cpu", seed=0,
         max_grad_norm=args.max_grad_norm, policy_kwargs={
             "net_arch": {"pi": list(args.actor_hidden_sizes), "vf": list(args.critic_hidden_sizes)},
-            "activation_fn": ACTIVATIONS[args.activation],
+            "activation_fn": pv.ACTIVATIONS[args.activation][0],
         },
     )  # fmt: skip
     policy, moments = model.policy, agent.normalizer
     copy_layers(agent.actor, policy.mlp_extractor.policy_net, policy.action_net)
     copy_layers(agent.critic, policy.mlp_extractor.value_net, policy.value_net)
-    policy.log_std.data.copy_(agent.actor.logstd.data)
+    policy.log_std.data.copy_(agent.distribution.logstd.data)
     venv.obs_rms.mean, venv.obs_rms.var, venv.obs_rms.count = moments.mean.numpy(), moments.var.numpy(), 1e6
 
     def learn() -> int:
@@ -344,7 +335,7 @@ def sb3(bench: Bench, args: pv.Args, parallel: bool) -> Iterator[float]:
         yield from bench.repeat(learn)
 
 
-def skrl(bench: Bench, args: pv.Args, kind: type) -> Iterator[float]:
+def skrl(bench: Bench, args: pv.Options, kind: type) -> Iterator[float]:
     from skrl.agents.torch.ppo import PPO, PPO_CFG
     from skrl.envs.wrappers.torch import wrap_env
     from skrl.memories.torch import RandomMemory
@@ -353,17 +344,19 @@ def skrl(bench: Bench, args: pv.Args, kind: type) -> Iterator[float]:
     from skrl.trainers.torch import SequentialTrainer
 
     logging.getLogger("skrl").setLevel(logging.ERROR)
-    agent, env = bench.state(args).agent, wrap_env(stock(kind, args.num_envs), wrapper="gymnasium", verbose=False)
+    agent, env = bench.start(args)[0].agent, wrap_env(stock(kind, args.num_envs), wrapper="gymnasium", verbose=False)
     spaces = {"observation_space": env.observation_space, "action_space": env.action_space, "device": "cpu"}
 
     class Net:
         def __init__(self, source: nn.Sequential, hidden: tuple[int, ...]) -> None:
             Model.__init__(self, **spaces)
             super().__init__()  # of the mixin
-            layers = [(nn.Linear(*size), ACTIVATIONS[args.activation]()) for size in itertools.pairwise((24, *hidden))]
+            activation, sizes = pv.ACTIVATIONS[args.activation][0], itertools.pairwise((24, *hidden))
+            layers = [(nn.Linear(*size), activation()) for size in sizes]
             self.net = nn.Sequential(*itertools.chain(*layers), nn.Linear(hidden[-1], source[-1].out_features))
             copy_layers(source, self.net)
-            self.logstd = nn.Parameter(agent.actor.logstd.data.clone()) if source is agent.actor else None
+            logstd = agent.distribution.logstd.data.clone()
+            self.logstd = nn.Parameter(logstd) if source is agent.actor else None
 
         def compute(self, inputs: dict, role: str) -> tuple[torch.Tensor, dict]:
             return self.net(inputs["observations"]), {"log_std": self.logstd}
@@ -373,7 +366,8 @@ def skrl(bench: Bench, args: pv.Args, kind: type) -> Iterator[float]:
     cfg = PPO_CFG(
         rollouts=args.num_steps, learning_epochs=args.update_epochs, mini_batches=args.num_minibatches,
         discount_factor=args.gamma, gae_lambda=args.gae_lambda, learning_rate=STILL, ratio_clip=args.clip_coef,
-        grad_norm_clip=args.max_grad_norm, value_clip=0.0, value_loss_scale=args.vf_coef,
+        grad_norm_clip=args.max_grad_norm, value_clip=0.0, value_loss_scale=VALUE_WEIGHT,
+        entropy_loss_scale=args.ent_coef,
         observation_preprocessor=RunningStandardScaler, value_preprocessor=RunningStandardScaler,
         observation_preprocessor_kwargs={"size": env.observation_space}, value_preprocessor_kwargs={"size": 1},
     )  # fmt: skip
@@ -393,27 +387,25 @@ def skrl(bench: Bench, args: pv.Args, kind: type) -> Iterator[float]:
         yield from bench.repeat(train)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The update and its floor; where a rollout's time goes
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The update and its floor; where a rollout's time goes -----------------------------------------------------------
 
 
-def updating(bench: Bench, args: pv.Args) -> Iterator[float]:
-    state, rollout = bench.state(args), bench.rollout(args)
-    with pv.VecEnv(args, bench.task, state.envs) as envs:
-        pv.collect(envs, state, rollout, args)
+def updating(bench: Bench, args: pv.Options) -> Iterator[float]:
+    state, envs = bench.start(args)
+    with contextlib.closing(envs):
+        rollout = pv.collect(envs, state, args)
 
     def update() -> int:
-        pv.update(state.agent, state.optimizers, rollout, args, state.shuffle_rng)
+        pv.update(state, rollout, args)
         return 1
 
     yield from (1000 / rate for rate in bench.repeat(update))
 
 
-def products_alone(bench: Bench, args: pv.Args) -> Iterator[float]:
+def products_alone(bench: Bench, args: pv.Options) -> Iterator[float]:
     """The update's matrix products alone: every layer's output, gradient of its weight and, but for a first layer, of
     its input."""
-    agent, n, calls = bench.state(args).agent, args.minibatch_size, []
+    agent, n, calls = bench.start(args)[0].agent, args.minibatch_size, []
     for net in (agent.actor, agent.critic):
         for m in linear_layers(net):
             x, weight, y = torch.randn(n, m.in_features), m.weight.detach(), torch.randn(n, m.out_features)
@@ -429,13 +421,7 @@ def products_alone(bench: Bench, args: pv.Args) -> Iterator[float]:
     yield from (1000 / rate for rate in bench.repeat(products))
 
 
-def update_flops(bench: Bench, args: pv.Args) -> int:
-    agent = bench.state(args).agent
-    sizes = [(m.weight.numel(), m is net[0]) for net in (agent.actor, agent.critic) for m in linear_layers(net)]
-    return sum(2 * size * (2 if first else 3) for size, first in sizes) * args.batch_size * args.update_epochs
-
-
-def time_split(bench: Bench, args: pv.Args) -> dict[str, dict[str, float]]:
+def time_split(bench: Bench, args: pv.Options) -> dict[str, dict[str, float]]:
     """Seconds of a rollout: in a worker's loop (run alone, in this process), and in the main process beside workers."""
     spent: dict[str, float] = {}
 
@@ -458,24 +444,21 @@ def time_split(bench: Bench, args: pv.Args) -> dict[str, dict[str, float]]:
         spent[rest] = now() - began - sum(spent.values())
         return {name: seconds / count for name, seconds in spent.items()}
 
-    block = bench.block(args.num_envs, 0, -(-args.num_envs // args.num_workers), trainer=os.getpid())
-    block.data.noise[...] = np.random.default_rng(0).standard_normal(block.data.noise.shape)
-    block.policy.sample = timed("policy", block.policy.sample)
-    step_envs, reset_env = pv.step_envs, pv.reset_env
-    pv.step_envs, pv.reset_env = timed("stepping", step_envs), timed("resetting", reset_env)
-    worker = split(block.rollout, "copies and loop")
-    pv.step_envs, pv.reset_env = step_envs, reset_env
+    worker = bench.worker(args.num_envs, 0, -(-args.num_envs // args.num_workers))
+    worker.data.noise[...] = np.random.default_rng(0).standard_normal(worker.data.noise.shape)
+    with (
+        mock.patch.object(worker.policy, "sample", timed("policy", worker.policy.sample)),
+        mock.patch.object(pv, "step_envs", timed("stepping", pv.step_envs)),
+        mock.patch.object(pv, "reset_env", timed("resetting", pv.reset_env)),
+    ):
+        alone = split(worker.rollout, "copies and loop")
+    state, envs = bench.start(args)
+    with contextlib.closing(envs), mock.patch.object(envs, "call", timed("waiting for workers", envs.call)):
+        main = split(lambda: pv.collect(envs, state, args), "own work, workers idle")
+    return {"a worker": alone, "main process": main}
 
-    state, rollout = bench.state(args), bench.rollout(args)
-    with pv.VecEnv(args, bench.task, state.envs) as envs:
-        envs.run = timed("waiting for workers", envs.run)
-        main = split(lambda: pv.collect(envs, state, rollout, args), "own work, workers idle")
-    return {"a worker": worker, "main process": main}
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Results
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Results ---------------------------------------------------------------------------------------------------------
 
 
 def make_rows(bench: Bench, few: int, many: int) -> dict[Any, Row]:
@@ -490,7 +473,7 @@ def make_rows(bench: Bench, few: int, many: int) -> dict[Any, Row]:
     row("stock", alone, "stock environment", one_stock(bench))
     row("sync", alone, f"SyncVectorEnv, {few} envs", vector_env(bench, lambda: stock(SyncVectorEnv, few)))
     for n in (max(1, few // 2), few):
-        row(("block", n), alone, f"ours, a block of {n} fast walkers", one_block(bench, n), True)
+        row(("worker", n), alone, f"ours, a worker of {n} walkers", one_worker(bench, n), True)
     for n in (few, many):
         make = lambda n=n: stock(AsyncVectorEnv, n)  # noqa: E731
         row(("async", n), step, f"AsyncVectorEnv, {n} envs and workers", vector_env(bench, make))
@@ -507,7 +490,9 @@ def make_rows(bench: Bench, few: int, many: int) -> dict[Any, Row]:
     row("skrl async", train, "skrl PPO, AsyncVectorEnv", skrl(bench, base, AsyncVectorEnv))
     row("skrl sync", train, "skrl PPO, SyncVectorEnv", skrl(bench, base, SyncVectorEnv))
     row("train", train, "ours", training(bench, base, learn=True), True)
-    small = replace(base, num_minibatches=max(1, base.batch_size // 64))
+    tuned = replace(bench.tuned, num_envs=few, num_workers=base.num_workers)
+    row("train tuned", train, "ours, with all that only ours can do", training(bench, tuned, learn=True), True)
+    small = replace(base, num_minibatches=base.batch_size // math.gcd(base.batch_size, 64))
     train = f"{train}, minibatches of {small.minibatch_size} (SB3's default)"
     row("sb3 small", train, "SB3 PPO, DummyVecEnv", sb3(bench, small, False))
     row("train small", train, "ours", training(bench, small, learn=True), True)
@@ -524,13 +509,13 @@ def make_goals(rows: dict[Any, Row], few: int, many: int) -> list[dict[str, Any]
         return [a / b for a, b in zip(*(rows[key].samples if key in rows else [] for key in (above, below)))]
 
     cores = pv.usable_cores()
-    at_few, at_many, block = (few, min(cores, few)), (many, min(cores, many)), max(1, few // 2)
+    at_few, at_many, half = (few, min(cores, few)), (many, min(cores, many)), max(1, few // 2)
     faster = max(("sb3 subproc", "sb3 dummy"), key=lambda key: spread(rows[key].samples).get("median", 0.0))
     growth = [ratio((kind, many, 2), (kind, many, 1)) for kind in ("collect", "limit")]
     goals = [
         (f"rollouts over AsyncVectorEnv stepping alone, {few} envs", ratio(("collect", *at_few), ("async", few)), 4),
         (f"ours over EnvPool, stepping only, {few} envs", ratio(("step", *at_few), ("envpool", few)), 0.8),
-        (f"fast walkers, a block of {block}, over the stock one, one process", ratio(("block", block), "stock"), 1.8),
+        (f"a worker of {half} walkers over the stock one, one process", ratio(("worker", half), "stock"), 1.8),
         (f"rollouts over the machine's limit, {few} envs", ratio(("collect", *at_few), ("limit", *at_few)), 0.85),
         (f"rollouts over the machine's limit, {many} envs", ratio(("collect", *at_many), ("limit", *at_many)), 0.93),
         ("the update over its floor", ratio("update", "floor"), -2.5),  # negative: at most
@@ -558,12 +543,13 @@ def table(rows: dict[Any, Row]) -> list[dict[str, Any]]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    about, update = report["about"], report["update"]
+    about = report["about"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"{about['cpu']}, {about['cores']} cores; {versions}; torch threads {about['torch_threads']}; "
         f"commit {about['git_commit']}; {about['date']}; `{about['command']}`", "",
-        f"Medians of {about['repeats']} turns of {about['seconds']:g} s, with least and most; {about['policy']}.", "",
+        f"Medians of {about['repeats']} turns of {about['seconds']:g} s, with least and most; actions: "
+        f"{about['policy']}, with its noise.", "",
         "| measured | median | min - max | unit | ratio to the group's first |", "|---|--:|--:|---|--:|",
     ]  # fmt: skip
     for group, rows in itertools.groupby(report["rows"], lambda row: row["group"]):
@@ -584,8 +570,6 @@ def markdown(report: dict[str, Any]) -> str:
     for who, parts in report["time_split"].items():
         shares = (f"{name} {1e3 * s:.1f} ms ({s / sum(parts.values()):.0%})" for name, s in parts.items())
         lines.append(f"- One rollout, {who}: {', '.join(shares)}")
-    rates = ", ".join(f"{rate:.1f} GFLOP/s {what}" for what, rate in update["gflops_per_s"].items())
-    lines.append(f"- One update: {update['flops'] / 1e9:.2f} GFLOP of matrix products; {rates}")
     return "\n".join(lines) + "\n"
 
 
@@ -612,20 +596,11 @@ def chart(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def describe(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    about = pv.describe_run(bench.args)
-    for peer in PEERS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            about["versions"][peer] = importlib.metadata.version(peer)
-    threads = {"torch_threads": torch.get_num_threads(), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
-    run = {"date": time.strftime("%Y-%m-%d %H:%M"), "seconds": options.seconds, "repeats": options.repeats}
-    return {**about, **threads, **run, "policy": bench.about_policy}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short turns and rollouts; prints only, unless --out")
-    parser.add_argument("--policy", help="run folder or checkpoint of a walking policy")
+    reference = str(ROOT / "runs" / "reference" / ENV_ID)
+    parser.add_argument("--policy", default=reference, help="run folder or checkpoint of a walking policy")
     parser.add_argument("--seconds", type=float, help="time of one measurement; default 4, quick 0.4")
     parser.add_argument("--repeats", type=int, help="turns that count; default 7, quick 2")
     parser.add_argument("--num-steps", type=int, help="length of our rollouts; default as in training, quick 64")
@@ -637,10 +612,11 @@ def main() -> int:
     out = options.out or (None if options.quick else ROOT / "benchmarks" / "results")
     warnings.filterwarnings("ignore")  # the peers' own
     few, many = options.envs
+    pv.choose_device(pv.Args())
     try:
-        pv.choose_device(pv.Args())
         bench = Bench(options)
-        bench.args_for(few).validate()
+        for num_envs in options.envs:
+            pv.validate(bench.args_for(num_envs))
     except pv.UserError as error:
         parser.error(str(error))
 
@@ -653,16 +629,16 @@ def main() -> int:
         split = time_split(bench, bench.args_for(few, min(pv.usable_cores(), few)))
     finally:
         for row in rows.values():
-            row.turns.close()
+            with contextlib.suppress(Exception):  # of one that has failed
+                row.turns.close()
 
-    flops = update_flops(bench, bench.args_for(few))
-    rates = {
-        row.name: flops / 1e6 / statistics.median(row.samples) for row in (rows["update"], rows["floor"]) if row.samples
-    }
-    report = {
-        "about": describe(bench, options), "rows": table(rows), "goals": make_goals(rows, few, many),
-        "time_split": split, "update": {"flops": flops, "gflops_per_s": rates},
-    }  # fmt: skip
+    about = pv.describe_run(bench.tuned)
+    about |= {"date": time.strftime("%Y-%m-%d %H:%M"), "torch_threads": torch.get_num_threads()}
+    about |= {name: getattr(options, name) for name in ("seconds", "repeats", "policy")}
+    for peer in PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            about["versions"][peer] = importlib.metadata.version(peer)
+    report = {"about": about, "rows": table(rows), "goals": make_goals(rows, few, many), "time_split": split}
     text = markdown(report)
     print(text)
     if out:
@@ -671,7 +647,10 @@ def main() -> int:
         stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
         stem.with_suffix(".md").write_text(text)
         chart(report, stem.with_suffix(".png"))
-    return 0
+    failed = [f"{row.group}: {row.name}" for row in rows.values() if row.note.startswith("failed")]
+    for name in failed:
+        print(f"throughput.py: error: a row failed: {name}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 
+import ppo_vec  # noqa: F401  first: it chooses OpenBLAS's kernel, before NumPy is imported
+
+# isort: split
 import hypothesis
 import pytest
 import torch

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import hashlib
-import itertools
+import io
 import json
 import math
 import multiprocessing.process
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,10 +33,14 @@ from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 import ppo_vec
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
 
 import faults
 from faults import Trainer, fingerprint, start, tiny, tiny_id
+
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
+VIDEO = "imageio", "imageio_ffmpeg"
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +53,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of a tiny environment."""
+    """The folder of a finished run of a tiny environment: 120 steps."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    with faults.quiet(), faults.replaced_attribute(ppo_vec.Run, "write_curve", lambda run: None):
+    with faults.quiet(), faults.replaced_attribute(ppo_vec, "plot_learning_curve", lambda *_: None):
         assert train(run) == 0
     return run
 
@@ -55,10 +64,10 @@ def train(run: Path, *args: str) -> int:
     return ppo_vec.main([*(args or tiny()), "--runs-dir", str(run.parent), "--run-name", run.name])
 
 
-def main(argv: list[str]) -> int:
+def main(*argv: str | Path) -> int:
     """main() where an exit of tyro's counts as its exit code."""
     try:
-        return ppo_vec.main(argv)
+        return ppo_vec.main([str(word) for word in argv])
     except SystemExit as error:
         return int(error.code or 0)
 
@@ -69,252 +78,40 @@ def digests(folder: Path) -> dict[str, tuple[str, float]]:
     return {str(f): (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime) for f in files}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ----------------------------------------------------------------------------------------------------------------------
+def read(path: Path) -> dict[str, Any]:
+    return ppo_vec.decode(path.read_bytes())
 
 
-@pytest.fixture
-def no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Fails the test if a process is started; runs it in an empty folder, which must stay empty."""
-
-    def fail(*_: Any, **__: Any) -> None:
-        pytest.fail("a process was started")
-
-    monkeypatch.setattr(ppo_vec.AsyncVectorEnv, "__init__", fail)
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fail)
-    monkeypatch.setattr(subprocess.Popen, "__init__", fail)
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    yield
-    assert not [path for path in folder.rglob("*") if path.is_file()], "bad input has left files"
-    assert not list((folder / "runs").glob("*")), "bad input has left a run folder"
+def changed(tree: dict[str, Any], value: Any, *path: str) -> bytes:
+    """The bytes of a checkpoint with another value at `path` (without that key, if the value is `...`)."""
+    tree = parent = dict(tree)
+    for key in path[:-1]:
+        parent[key] = parent = dict(parent[key])
+    parent[path[-1]] = value
+    if value is ...:
+        del parent[path[-1]]
+    return ppo_vec.encode(tree)
 
 
-def assert_one_line(code: int, captured: Any, *words: str) -> None:
-    assert code == 2, captured
+def sign(body: bytes) -> bytes:
+    """With a valid digest, as anyone can make it who has read ppo_vec.py."""
+    return body + ppo_vec.MAGIC + hashlib.sha256(body).digest()
+
+
+def saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def assert_one_line(code: int, captured: Any, *words: str, expected: int = 2) -> None:
+    assert code == expected, captured
     assert captured.out == ""
     lines = captured.err.splitlines()
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("ppo_vec.py: error: ")
     for word in words:
         assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
-
-
-@pytest.mark.parametrize("env_id", ppo_vec.TUNED)
-def test_the_tuned_values_that_are_printed_can_be_typed(env_id: str) -> None:
-    args, _ = ppo_vec.parse_args(["--env-id", env_id])
-    typed, _ = ppo_vec.parse_args(["--env-id", "Pendulum-v1", *ppo_vec.tuned_flags(args).split()])
-    assert dataclasses.replace(typed, env_id=env_id) == args
-
-
-BAD_ARGUMENTS = [
-    *(
-        f"--{flag} {value}"
-        for flag in ("num-envs", "num-workers", "num-steps", "num-minibatches", "update-epochs", "total-timesteps")
-        for value in (0, -1)
-    ),
-    "--eval-episodes 0",
-    "--seed -1",
-    "--num-steps 100 --num-minibatches 7",
-    "--num-envs 3 --num-workers 2 --num-steps 64 --num-minibatches 5",
-    "--num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 16",  # one sample a minibatch
-    "--num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 32",  # less than one
-    "--num-workers 5 --num-envs 4",
-    "--num-steps 1000000000",  # more than the memory
-    *(f"--learning-rate {value}" for value in ("nan", "inf", "0", "-0.001")),
-    *(f"--critic-learning-rate {value}" for value in ("nan", "0", "-1")),
-    *(
-        f"--{flag} {value}"
-        for flag in ("gamma", "final-gamma", "gae-lambda", "value-lambda")
-        for value in ("-0.1", "1.1", "nan")
-    ),
-    *(f"--{flag} {value}" for flag in ("clip-coef", "max-grad-norm", "target-kl") for value in ("0", "-1", "inf")),
-    *(
-        f"--{flag} {value}"
-        for flag in ("ent-coef", "vf-coef", "bounds-loss-coef", "action-cost")
-        for value in ("-1", "nan")
-    ),
-    *(f"--worker-timeout {value}" for value in ("0", "-1", "nan", "inf", "1e300")),
-    "--fall-reward 1",
-    "--fall-reward -1 --final-fall-reward 0",
-    "--env-id Pendulum-v1 --final-fall-reward -1",
-    "--initial-std 0",
-    "--min-std -0.1",
-    "--initial-std 0.2 --min-std 0.3",
-    "--env-id BipedalWalkerHardcore-v3 --initial-std 0.2",
-    "--min-std 0.1 --state-dependent-std",
-    "--swa-share -0.1",
-    "--swa-share 1",
-    "--swa-share nan",
-    "--practice -0.1",
-    "--practice 1",
-    "--practice nan",
-    "--env-id Pendulum-v1 --practice 0.5",
-    "--final-gamma 1",
-    "--gamma 1 --final-gamma 0.99",
-    "--actor-hidden-sizes 64 0",
-    "--critic-hidden-sizes -1",
-    "--stochastic",
-    "--run-name a/b",
-    "--run-name ..",
-    "--run-name .",
-    "--run-name /absolute",
-    "--exp-name a/b",
-    "--resume=",
-    "--evaluate=",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("argv", BAD_ARGUMENTS)
-def test_bad_argument(argv: str, no_process: None, capsys: pytest.CaptureFixture[str]) -> None:
-    *_, flag = (word for word in argv.split() if word.startswith("--"))
-    assert_one_line(main(argv.split()), capsys.readouterr(), flag.rstrip("="))
-
-
-@pytest.mark.parametrize(
-    ("env_id", "words"),
-    [
-        ("Nope-v0", ["Nope"]),
-        ("BipedalWalker-v2", ["BipedalWalker-v3"]),
-        ("no_such_module:Nope-v0", ["no_such_module"]),
-        ("", []),
-        ("CartPole-v1", ["Discrete", "Box"]),
-        ("MountainCar-v0", ["Discrete"]),
-        ("FrozenLake-v1", ["Discrete observations"]),
-        ("Blackjack-v1", ["Tuple observations"]),
-        (tiny_id("discrete"), ["Discrete observations"]),
-        (tiny_id("unbounded"), ["unbounded actions"]),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
-def test_environment_that_does_not_fit(
-    env_id: str, words: list[str], no_process: None, capfd: pytest.CaptureFixture[str]
-) -> None:
-    code = main(["--env-id", env_id])
-    assert_one_line(code, capfd.readouterr(), "--env-id", *words)
-
-
-@pytest.mark.parametrize("argv", ["--bogus 3", "--num-envs many", "--activation sigmoid", "--learning-rate x", "extra"])
-def test_what_tyro_refuses(argv: str, no_process: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(argv.split()) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err + captured.out
-
-
-def test_walker_without_a_version_is_the_walker() -> None:
-    """Gymnasium takes the newest version; it must be replayed as that one, with that one's tuned values."""
-    args, _ = ppo_vec.parse_args(["--env-id", "BipedalWalker"])
-    assert args == dataclasses.replace(ppo_vec.parse_args([])[0], env_id="BipedalWalker")
-    assert isinstance(ppo_vec.Task.of(args).make_env(), ppo_vec.FastWalker)
-
-
-def broken_checkpoints(tree: dict[str, Any]) -> dict[str, tuple[bytes | None, list[str]]]:
-    """{what is wrong: the file's bytes (None: no file) and words of the message}."""
-    good = ppo_vec.encode(tree)
-    flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 16
-    return {
-        "missing": (None, ["no checkpoint"]),
-        "empty": (b"", ["checkpoint.pt"]),
-        "cut off": (good[:-100], ["checkpoint.pt", "cut off"]),
-        "damaged": (bytes(flipped), ["checkpoint.pt", "damaged"]),
-        "foreign": (faults.torch_bytes({"model": torch.zeros(3)}), ["checkpoint.pt", "not a ppo_vec checkpoint"]),
-        "a module": (faults.torch_bytes(torch.nn.Linear(2, 2)), ["checkpoint.pt", "not a ppo_vec checkpoint"]),
-        "other format": (ppo_vec.encode({**tree, "format": "ppo_vec 0"}), ["checkpoint.pt", "format"]),
-        "module:id": (
-            ppo_vec.encode(faults.replaced(tree, ("args", "env_id"), f"evil_module:{tiny_id()}")),
-            ["evil_module", "would import code"],
-        ),
-        "another environment": (ppo_vec.encode(faults.replaced(tree, ("args", "env_id"), "Pendulum-v1")), []),
-        "unknown argument": (ppo_vec.encode(faults.replaced(tree, ("args", "x"), 1)), []),
-        "bad argument": (ppo_vec.encode(faults.replaced(tree, ("args", "num_envs"), 0)), ["--num-envs"]),
-        "argument of another type": (ppo_vec.encode(faults.replaced(tree, ("args", "num_workers"), "x")), []),
-        "no weights": (ppo_vec.encode(faults.replaced(tree, ("agent",), ...)), []),
-        "other weights": (ppo_vec.encode(faults.replaced(tree, ("agent", "critic.0.weight"), torch.zeros(2))), []),
-    }
-
-
-BROKEN = (
-    "missing", "empty", "cut off", "damaged", "foreign", "a module", "other format", "module:id", "another environment",
-    "unknown argument", "bad argument", "argument of another type", "no weights", "other weights",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("mode", ["--resume", "--evaluate", "load_policy"])
-@pytest.mark.parametrize("what", BROKEN)
-def test_checkpoint_that_cannot_be_used(
-    what: str, mode: str, trained: Path, no_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, words = broken_checkpoints(ppo_vec.decode((trained / "checkpoint.pt").read_bytes()))[what]
-    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
-    run = tmp_path / "run"
-    run.mkdir()
-    if data is not None:
-        (run / "checkpoint.pt").write_bytes(data)
-    sys.path.insert(0, str(tmp_path))
-    try:
-        if mode == "load_policy":
-            if what in ("another environment", "module:id"):  # shapes are all that a policy needs
-                ppo_vec.load_policy(run)
-                return
-            with pytest.raises(ppo_vec.UserError) as raised:
-                ppo_vec.load_policy(run)
-            assert all(word in str(raised.value) for word in words)
-            return
-        total = [] if mode == "--evaluate" else ["--total-timesteps", "8000"]  # it is finished otherwise
-        assert_one_line(main([mode, str(run), *total]), capsys.readouterr(), *words)
-    finally:
-        sys.path.remove(str(tmp_path))
-        assert not (tmp_path / "executed").exists(), "a checkpoint has executed code"
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ("--resume RUN --env-id Pendulum-v1", ["BipedalWalker-v3", "Pendulum-v1"]),
-        ("--evaluate RUN --env-id BipedalWalkerHardcore-v3", ["BipedalWalker-v3", "Hardcore"]),
-        ("--resume RUN --total-timesteps 9999 --num-envs 8", ["--num-envs"]),
-        ("--resume RUN --total-timesteps 9999 --seed 7", ["--seed"]),
-        ("--resume RUN --total-timesteps 9999 --gamma 0.5", ["--gamma"]),
-        ("--resume RUN --total-timesteps 9999 --actor-hidden-sizes 8", ["--actor-hidden-sizes"]),
-        ("--resume RUN --total-timesteps 0", ["--total-timesteps"]),
-        ("--resume RUN --stochastic", ["--stochastic"]),
-        ("--resume RUN --evaluate RUN", ["--resume", "--evaluate"]),
-        ("--resume RUN/best.pt", ["best.pt", "policy only"]),
-        ("--resume RUN/args.json", ["args.json"]),
-        ("--resume RUN/nothing", ["RUN/nothing"]),
-        ("--evaluate RUN/args.json/x", []),
-        ("--evaluate " + "a" * 5000, []),
-        ("--evaluate RUN --eval-episodes 0", ["--eval-episodes"]),
-        ("--evaluate RUN --seed 7", ["--seed", "evaluated"]),
-        ("--evaluate RUN --activation relu", ["--activation"]),
-        ("--evaluate RUN --run-name x", ["--run-name"]),
-        ("--resume RUN --total-timesteps 9999 --run-name x", ["--run-name"]),
-        ("--runs-dir RUN/.. --run-name NAME", ["already holds a run", "--resume"]),
-        ("--runs-dir RUN/args.json --run-name x", ["cannot write"]),  # below a file: even root cannot
-        ("--runs-dir RUN/args.json/deeper --run-name x", ["cannot write"]),
-        ("--run-name " + "a" * 300, ["cannot write"]),
-    ],
-)
-def test_run_that_does_not_fit(
-    argv: str, words: list[str], trained: Path, no_process: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = digests(trained)
-    filled = [word.replace("RUN", str(trained)).replace("NAME", trained.name) for word in argv.split()]
-    words = [word.replace("RUN", str(trained)) for word in words]
-    assert_one_line(main(filled), capsys.readouterr(), *words)
-    assert digests(trained) == before
-
-
-@pytest.mark.parametrize(("flag", "module"), [("--track", "wandb"), ("--capture-video", "imageio_ffmpeg")])
-def test_missing_extra(
-    flag: str, module: str, no_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What an option needs is missed at once, not after the training."""
-    monkeypatch.setitem(sys.modules, module, None)
-    assert_one_line(main([*tiny(), flag]), capsys.readouterr(), flag)
 
 
 def fail_with(error: Exception) -> Callable[..., Any]:
@@ -324,236 +121,584 @@ def fail_with(error: Exception) -> Callable[..., Any]:
     return fail
 
 
-def test_a_video_of_what_cannot_be_rendered(no_process: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_one_line(main([*tiny(), "--capture-video"]), capsys.readouterr(), "--capture-video", "render")
+# ---- Bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_a_video_without_a_display(
-    no_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(PendulumEnv, "render", fail_with(RuntimeError("no\nOpenGL")))
-    code = main(["--env-id", "Pendulum-v1", "--capture-video"])
-    assert_one_line(code, capsys.readouterr(), "--capture-video", "no OpenGL")
+@pytest.fixture
+def no_process(monkeypatch: Patch, tmp_path: Path) -> Iterator[None]:
+    """Fails the test if a process is started; runs it in an empty folder, which must stay empty."""
+    fail = fail_with(AssertionError("a process was started"))
+    monkeypatch.setattr(ppo_vec.AsyncVectorEnv, "__init__", fail)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fail)
+    monkeypatch.setattr(subprocess.Popen, "__init__", fail)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield
+    assert not list(folder.glob("**/*")) or not list((folder / "runs").iterdir()), "bad input has left files"
 
 
-def test_track_that_wandb_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail_with(ConnectionError("not\nlogged in"))))
-    assert_one_line(train(tmp_path / "run", *tiny(), "--track"), capsys.readouterr(), "--track", "not logged in")
+REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished run)
+    *(
+        (f"--{flag} {value}", f"--{flag}")
+        for flags, values in (
+            ("num-envs num-workers num-steps num-minibatches update-epochs total-timesteps eval-episodes", "0 -1"),
+            ("learning-rate critic-learning-rate clip-coef max-grad-norm target-kl initial-std", "0 -1 nan inf"),
+            ("gamma final-gamma gae-lambda value-lambda", "-0.1 1.1 nan"),
+            ("ent-coef bounds-loss-coef action-cost min-std", "-1 nan inf"),
+            ("worker-timeout", "0 -1 nan inf 1e300"),
+            ("practice swa-share", "-0.1 1 nan"),
+            ("actor-hidden-sizes critic-hidden-sizes", "0 -1"),
+            ("run-name", "a/b .. . /absolute"),
+            ("env-kwargs", "[1] 3 { " + "[" * 99999),
+            ("wrappers", "module module: :f module:f:g a/b:f a:b-c"),
+        )
+        for flag in flags.split()
+        for value in values.split()
+    ),
+    ("--seed -1", "--seed"), ("--fall-reward 1", "--fall-reward"), ("--final-gamma 1", "--final-gamma"),
+    ("--stochastic", "--stochastic"), ("--resume=", "--resume"), ("--evaluate=", "--evaluate"),
+    ("--num-steps 1e9", "more than this machine's memory"), ("--num-workers 5 --num-envs 4", "--num-workers"),
+    ("--num-steps 100 --num-minibatches 7", "--num-minibatches must divide"),
+    ("--num-envs 3 --num-workers 2 --num-steps 64 --num-minibatches 5", "--num-minibatches must divide"),
+    ("--num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 16", "one sample a minibatch"),
+    ("--num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 32", "--num-minibatches must divide"),
+    ("--actor-hidden-sizes 64 0", "--actor-hidden-sizes"), ("--gamma 1 --final-gamma 0.99", "--final-gamma"),
+    ("--fall-reward -1 --final-fall-reward 0", "--final-fall-reward"), ("--run-name " + "a" * 300, "cannot write"),
+    ("--env-id Pendulum-v1 --final-fall-reward -1", "--final-fall-reward needs"),
+    ("--initial-std 0.2 --min-std 0.3", "--min-std"), ("--min-std 0.1 --state-dependent-std", "--min-std"),
+    ("--env-id BipedalWalkerHardcore-v3 --initial-std 0.2", "--min-std must not be more than --initial-std"),
+    ("--env-id Pendulum-v1 --practice 0.5", "--practice needs"),
+    ("--wrappers gymnasium.wrappers:FlattenObservation --practice 0.5", "--practice needs"),
+    # Environments
+    ("--env-id Nope-v0", "Nope"), ("--env-id BipedalWalker-v2", "BipedalWalker-v3"), ("--env-id=", "--env-id"),
+    ("--env-id no_such_module:Nope-v0", "no_such_module"), ("--env-id CartPole-v1", "Box actions"),
+    ("--env-id FrozenLake-v1", "Discrete observations"), ("--env-id Blackjack-v1", "Tuple observations"),
+    (f"--env-id {tiny_id('discrete')}", "Discrete obs"), (f"--env-id {tiny_id('unbounded')}", "unbounded actions"),
+    ('--env-id Pendulum-v1 --env-kwargs {"wind":1}', "wind"), ('--env-kwargs {"wind":1}', "wind"),
+    ('--env-kwargs {"fast":true}', "fast"), ("--env-id Pendulum-v1 --wrappers no_such_module:f", "no_such_module"),
+    ("--env-id Pendulum-v1 --wrappers gymnasium:no_such_function", "no_such_function"),
+    ("--env-id Pendulum-v1 --wrappers gymnasium.wrappers:TimeLimit", "max_episode_steps"),
+    ("--env-id Pendulum-v1 --wrappers operator:not_", "operator:not_"),  # gives no environment
+    (f"--env-id {tiny_id()} --capture-video", "--capture-video: it has no render mode"),
+    # Runs
+    ("--resume RUN --env-id Pendulum-v1", tiny_id()), ("--evaluate RUN --env-id Pendulum-v1", tiny_id()),
+    ("--resume RUN --num-envs 8", "--num-envs"), ("--resume RUN --seed 7", "--seed"),
+    ("--resume RUN --gamma 0.5", "--gamma"), ("--resume RUN --actor-hidden-sizes 8", "--actor-hidden-sizes"),
+    ("--resume RUN --wrappers a:b", "--wrappers"), ("--resume RUN --run-name x", "--run-name"),
+    ("--resume RUN --stochastic", "--stochastic"), ("--resume RUN --evaluate RUN", "--evaluate exclude each other"),
+    ("--resume RUN --total-timesteps 0", "--total-timesteps"), ("--resume RUN/args.json", "RUN/args.json"),
+    ("--resume RUN/best.pt", "best.pt is another file"), ("--resume RUN/other.pt", "other.pt is another file"),
+    ("--resume RUN/nothing", "RUN/nothing"), ("--evaluate RUN/args.json/x", "RUN/args.json/x"),
+    ("--evaluate " + "a" * 5000, "aaa"), ("--evaluate RUN --eval-episodes 0", "--eval-episodes"),
+    ("--evaluate RUN --seed 7", "--seed cannot change when a run is evaluated"),
+    ("--evaluate RUN --activation relu", "--activation"), ("--evaluate RUN --run-name x", "--run-name"),
+    ("--evaluate latest", "latest"), ("--resume latest --runs-dir RUN", "latest"),
+    ("--runs-dir RUN/.. --run-name tiny", "already holds a run; --resume"),
+    ("--runs-dir RUN --run-name args.json", "cannot write"),  # a file: even root cannot
+    ("--runs-dir RUN/args.json --run-name x", "cannot write"),
+    ("--runs-dir RUN/args.json/deeper --run-name x", "cannot write"),
+]  # fmt: skip
 
 
-def test_compile_without_a_compiler(
-    tiny_run: Path, no_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """A training needs one; what was trained with one does not."""
-    tree = ppo_vec.decode((tiny_run / "best.pt").read_bytes())
-    compiled = tmp_path / "best.pt"
-    compiled.write_bytes(ppo_vec.encode(faults.replaced(tree, ("args", "compile"), True)))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(subprocess, "check_output", fail_with(FileNotFoundError()))
-    assert_one_line(main([*tiny(), "--compile"]), capsys.readouterr(), "--compile", "C++ compiler")
-    assert main(["--evaluate", str(compiled), "--eval-episodes", "1"]) == 0
-
-
-def test_a_folder_belongs_to_one_process(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two trainers would write the same checkpoints and logs."""
-    held = filelock.FileLock(tiny_run / ".lock")
-    with held:
-        before = digests(tiny_run)
-        code = main(["--resume", str(tiny_run), "--total-timesteps", "9999"])
-        assert_one_line(code, capsys.readouterr(), "another process", str(tiny_run))
-        assert digests(tiny_run) == before
-
-
-def test_a_new_folder_belongs_to_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its name may be that of a run which has been started in the same second, and has written nothing yet."""
-    run = tmp_path / "run"
-    run.mkdir()
-    with filelock.FileLock(run / ".lock"):
-        assert_one_line(train(run), capsys.readouterr(), "another process", str(run))
-    assert train(run) == 0, "a lock that was left behind keeps nobody out"
+@pytest.mark.parametrize(("argv", "words"), REFUSED, ids=[argv[:90] for argv, _ in REFUSED])
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_bad_input(argv: str, words: str, tiny_run: Path, no_process: None, capfd: Capture) -> None:
+    shutil.copy2(tiny_run / "checkpoint.pt", tiny_run / "other.pt")  # it would take the run beside it with it
+    before = digests(tiny_run)
+    longer = ["--total-timesteps", "9999"] if argv.startswith("--resume RUN") and "--total" not in argv else []
+    capfd.readouterr()
+    code = main(*argv.replace("RUN", str(tiny_run)).split(), *longer)
+    assert_one_line(code, capfd.readouterr(), words.replace("RUN", str(tiny_run)))
+    assert digests(tiny_run) == before
 
 
 @pytest.mark.parametrize(
     "argv",
-    ["--num-envs 0", "--env-id CartPole-v1", "--env-id BipedalWalker-v2", "--runs-dir /dev/null", "--resume /nowhere"],
-)
-def test_bad_input_in_a_process_of_its_own(argv: str) -> None:
-    result = Trainer(*argv.split()).finish().check(2)
-    assert result.out == ""
-    assert re.fullmatch(r"ppo_vec\.py: error: [^\n]+\n", result.err), result.err
+    [
+        "--bogus 3", "--num-envs many", "--activation sigmoid", "--learning-rate x", "extra", "--seed 1e999",
+        "--total-timesteps 1.2.3e5", "--total-timesteps .e5", "--num-envs 1.5",
+    ],
+)  # fmt: skip
+def test_what_tyro_refuses(argv: str, no_process: None, capsys: Capture) -> None:
+    assert main(*argv.split()) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
 
 
-def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+def test_numbers_with_an_exponent() -> None:
+    """1e6 is a whole number, too; but a name is no number."""
+    words = "--total-timesteps 1e3 --num-envs=2E1 --num-steps 1.5e2 --learning-rate 2.5e-4 --initial-std 1.5e0"
+    args = ppo_vec.parse_args([*words.split(), "--run-name", "12e4", "--num-minibatches", "3"])[0]
+    assert (args.total_timesteps, args.num_envs, args.num_steps) == (1000, 20, 150)
+    assert (args.learning_rate, args.initial_std, args.run_name) == (2.5e-4, 1.5, "12e4")
+
+
+def test_walker_without_a_version_is_the_walker() -> None:
+    """Gymnasium takes the newest version; it must be replayed as that one, with that one's tuned values."""
+    args = ppo_vec.parse_args(["--env-id", "BipedalWalker"])[0]
+    assert args == ppo_vec.parse_args([])[0]
+    assert args.practice == 0.3
+    assert isinstance(ppo_vec.make_env(args), ppo_vec.Walker)
+
+
+def test_env_kwargs_of_a_walker() -> None:
+    """They reach every form of it."""
+    args = ppo_vec.Options(env_kwargs='{"max_episode_steps": 9, "hardcore": true}')
+    assert ppo_vec.make_task(args).max_episode_steps == 9
+    for form in ({"published": True}, {"fast": False}, {"fast": True}):
+        env = ppo_vec.make_env(args, **form)
+        ppo_vec.reset_env(env, 0)
+        assert [env.step(np.zeros(4, np.float32))[3] for _ in range(9)] == [False] * 8 + [True]
+        assert env.unwrapped.hardcore
+
+
+@pytest.mark.parametrize(("flag", "module"), [("--track", "wandb"), *(("--capture-video", m) for m in VIDEO)])
+def test_missing_extra(flag: str, module: str, no_process: None, monkeypatch: Patch, capsys: Capture) -> None:
+    """What an option needs is missed at once, not after the training."""
+    monkeypatch.setitem(sys.modules, module, None)
+    assert_one_line(main("--env-id", "Pendulum-v1", flag), capsys.readouterr(), flag, "pip install")
+
+
+def test_a_video_without_a_display(no_process: None, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(PendulumEnv, "render", fail_with(RuntimeError("no\nOpenGL")))
+    code = main("--env-id", "Pendulum-v1", "--capture-video")
+    assert_one_line(code, capsys.readouterr(), "--capture-video", "no OpenGL")
+
+
+def test_track_that_wandb_refuses(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """A second try, without --track or after `wandb login`, finds no half a run in its way."""
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail_with(ConnectionError("not\nlogged in"))))
+    assert_one_line(train(tmp_path / "run", *tiny(), "--track"), capsys.readouterr(), "--track", "not logged in")
+    assert train(tmp_path / "run") == 0
+
+
+def test_a_folder_belongs_to_one_process(tmp_path: Path, capsys: Capture) -> None:
+    """Two trainers would write the same checkpoints and logs, also before the first has written anything."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for argv in (tiny(), ("--resume", str(run), "--total-timesteps", "160")):
+        with filelock.FileLock(run / ".lock"):
+            before = digests(run)
+            code = main(*argv) if "--resume" in argv else train(run, *argv)
+            assert_one_line(code, capsys.readouterr(), "another process", str(run))
+            assert digests(run) == before
+        assert train(run) == 0 or "--resume" in argv, "a lock that was left behind keeps nobody out"
+        capsys.readouterr()
+
+
+def test_two_runs_of_the_same_second(tmp_path: Path, monkeypatch: Patch) -> None:
+    """They get two folders, while they train and after."""
+    args = ppo_vec.Options(env_id="a:B/C-v0", seed=5, runs_dir=str(tmp_path / "runs"))
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    names = [f"a_B_C-v0__ppo_vec__5__1000000000{end}" for end in ("", "-2", "-3")]
+    with ppo_vec.run_folder(args, True) as (first, a), ppo_vec.run_folder(args, True) as (second, b):
+        assert [first.run_name, second.run_name] == [a.name, b.name] == names[:2]
+        (a / "checkpoint.pt").touch(), (b / "checkpoint.pt").touch()
+    with ppo_vec.run_folder(args, True) as (third, c):
+        assert third.run_name == c.name == names[2]
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == names
+
+
+def test_bad_input_in_a_process_of_its_own() -> None:
+    result = Trainer("--env-id", "BipedalWalker-v2", "--runs-dir", "/dev/null").finish().check(2)
+    assert (result.out, result.err.count("\n")) == ("", 1)
+    assert result.err.startswith("ppo_vec.py: error: ")
+
+
+def test_help_explains_every_flag(capsys: Capture) -> None:
+    assert main("--help") == 0
     text = re.sub(r"[│╭╰╮╯─\s]+", " ", re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out))
-    flags = {f.name: f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(ppo_vec.Args)}
-    for flag in flags.values():
-        assert flag in text
     source = Path(ppo_vec.__file__).read_text()
-    for name in flags:
-        doc = re.search(rf'\n    {name}: [^\n]*\n    """(.*?)"""', source, re.S)
-        assert doc, f"{name} has no docstring"
-        assert " ".join(doc[1].split()) in text, f"the help does not explain {flags[name]}"
+    for f in dataclasses.fields(ppo_vec.Options):
+        comment = re.search(rf"\n    {f.name}: [^#]*  # ([^\n]+)", source)
+        assert comment, f"{f.name} has no comment"
+        assert ppo_vec.flag(f.name) in text
+        assert comment[1] in text, f"the help does not explain {ppo_vec.flag(f.name)}"
     assert not re.search(r"--(no-)?(batch|minibatch)-size", text), "a derived size is no flag"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run leaves
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints and run folders of strangers ------------------------------------------------------------------------
+
+
+class Call:
+    """Pickles into a call."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call[0], self.call[1:]
+
+
+def repack(tree: dict[str, Any], compression: int | None = None) -> bytes:
+    """A signed checkpoint, compressed; or, without `compression`, with all its tensors on the bytes of the first."""
+    out, first = io.BytesIO(), None
+    with zipfile.ZipFile(io.BytesIO(saved(tree))) as source, zipfile.ZipFile(out, "w", compression or 0) as target:
+        for info in source.infolist():
+            if first and compression is None and "/data/" in info.filename:
+                target.filelist.append(copy.copy(first))
+                target.filelist[-1].filename = target.filelist[-1].orig_filename = info.filename
+                continue
+            target.writestr(info.filename, source.read(info))
+            if info.file_size == 4 * 10**6:
+                first = target.getinfo(info.filename)
+    return sign(out.getvalue())
+
+
+def nested(depth: int) -> tuple[Any, ...]:
+    """A tuple of few bytes that is a tree of 2**depth leaves."""
+    return (nested(depth - 1),) * 2 if depth else ()
+
+
+HOLLOW = torch.zeros(1).expand(50_000_000)  # the memory of one number
+
+
+def wide(agent: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An agent with 999 layers that share the memory of one."""
+    one = torch.zeros(512, 512)
+    layers = {f"actor.{i}.{name}": rows for i in range(999) for name, rows in (("weight", one), ("bias", one[0]))}
+    return {**agent, **layers, "normalizer.mean": one[0].double(), "normalizer.var": one[0].double()}
+
+
+def many(tree: dict[str, Any], hollow: bool) -> dict[str, Any]:
+    """A checkpoint that says that it has a million environments."""
+    envs = {k: v[:1].expand(10**6, *v.shape[1:]) for k, v in tree["envs"].items() if hollow and torch.is_tensor(v)}
+    return {**tree, "args": {**tree["args"], "num_envs": 10**6}, "envs": {**tree["envs"], **envs}}
+
+
+# A broken checkpoint is made of an intact one, t (None: no file). R, E, L: --resume, --evaluate and load_policy refuse
+# it, with these words; the others must get the right policy. The costly ones are small files that are made to take
+# gigabytes or minutes.
+BROKEN: dict[str, tuple[str, list[str], Callable[[dict[str, Any]], bytes | None]]] = {
+    "missing": ("REL", ["no checkpoint"], lambda t: None),
+    "empty": ("REL", ["checkpoint.pt"], lambda t: b""),
+    "cut off": ("REL", ["checkpoint.pt", "cut off"], lambda t: ppo_vec.encode(t)[:-100]),
+    "damaged": ("REL", ["checkpoint.pt", "damaged"], lambda t: ppo_vec.encode(t).replace(b"actor", b"actos", 1)),
+    "foreign": ("REL", ["checkpoint.pt", "not a ppo_vec checkpoint"], lambda t: saved({"model": torch.zeros(3)})),
+    "no dict": ("REL", ["checkpoint.pt", "format"], lambda t: ppo_vec.encode([1])),
+    "other format": ("REL", ["checkpoint.pt", "format"], lambda t: changed(t, "ppo_vec 0", "format")),
+    "bare pickle": ("REL", ["cannot be read"], lambda t: sign(pickle.dumps(Call(os.system, "touch executed")))),
+    "code": ("REL", ["cannot be read"], lambda t: sign(saved({**t, "format": Call(os.system, "touch executed")}))),
+    "module:id": (
+        "RE", ["would import code", "--env-id evil_module:X-v0"],
+        lambda t: changed(t, "evil_module:X-v0", "args", "env_id"),
+    ),
+    "wrappers": (
+        "RE", ["would import code", "--wrappers evil_module:f"],
+        lambda t: changed(t, ["evil_module:f"], "args", "wrappers"),
+    ),
+    "another task": ("RE", [], lambda t: changed(t, "MountainCarContinuous-v0", "args", "env_id")),
+    "old flag": ("R", ["another version", "ramp"], lambda t: changed(t, 1, "args", "ramp")),
+    "bad argument": ("RE", ["--num-envs"], lambda t: changed(t, 0, "args", "num_envs")),
+    "argument of another type": ("RE", ["arguments"], lambda t: changed(t, "x", "args", "swa_share")),
+    "no weights": ("REL", [], lambda t: changed(t, ..., "agent")),
+    "other critic": ("R", [], lambda t: changed(t, torch.zeros(2), "agent", "critic.0.weight")),
+    "other actor": ("REL", [], lambda t: changed(t, torch.zeros(2), "agent", "actor.0.weight")),
+    "NaN": ("REL", ["finite"], lambda t: changed(t, torch.full((4, 3), math.nan), "agent", "actor.0.weight")),
+    "endless bounds": ("REL", [], lambda t: changed(t, t["high"] * math.inf, "high")),
+    "no counter": ("R", [], lambda t: changed(t, ..., "finished")),
+    "counter of another type": ("R", [], lambda t: changed(t, "x", "global_step")),
+    "no numbers": ("REL", [], lambda t: changed(t, t["discounted_return"].to("meta"), "discounted_return")),
+    "costly layers": ("R", [], lambda t: changed(t, [6000, 6000], "args", "actor_hidden_sizes")),
+    "costly environments": ("R", [], lambda t: ppo_vec.encode(many(t, hollow=False))),
+    "costly hollow environments": ("REL", [], lambda t: ppo_vec.encode(many(t, hollow=True))),
+    "costly bounds": ("REL", [], lambda t: ppo_vec.encode({**t, "low": HOLLOW, "high": HOLLOW})),
+    "costly weight": ("REL", [], lambda t: changed(t, HOLLOW.expand(3, -1).t(), "agent", "actor.0.weight")),
+    "costly mean": ("REL", [], lambda t: changed(t, HOLLOW, "agent", "normalizer.mean")),
+    "costly views": ("REL", [], lambda t: changed(t, wide(t["agent"]), "agent")),
+    "costly zip": ("REL", [], lambda t: repack({**t, "x": torch.zeros(10**8)}, zipfile.ZIP_DEFLATED)),
+    "costly overlap": ("REL", [], lambda t: repack({**t, "x": [torch.zeros(10**6) + i for i in range(99)]})),
+    "costly call": ("REL", [], lambda t: sign(saved({**t, "x": Call(bytearray, 10**9)}))),
+    "costly tuple": ("REL", [], lambda t: changed(t, nested(25), "args", "activation")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_checkpoint_that_cannot_be_used(
+    what: str, tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("evil_module.py").write_text("open('executed', 'w')")
+    run = tmp_path / "run"
+    run.mkdir()
+    refusing, words, make = BROKEN[what]
+    if (data := make(read(tiny_run / "checkpoint.pt"))) is not None:
+        (run / "checkpoint.pt").write_bytes(data)
+    before = digests(run)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of this process's memory begins anew
+    memory, began = peak_memory(), time.monotonic()
+
+    if "R" in refusing:
+        assert_one_line(main("--resume", run, "--total-timesteps", "160"), capsys.readouterr(), *words)
+    code, obs = main("--evaluate", run), np.random.default_rng(0).normal(size=(9, 3))
+    if "E" in refusing:
+        assert_one_line(code, capsys.readouterr(), *words)
+    else:
+        mean = json.loads((tiny_run / "summary.json").read_text())["last_eval_mean"]
+        assert (code, f": {mean:.1f} +- " in capsys.readouterr().out) == (0, True)
+    if "L" in refusing:
+        with pytest.raises(ppo_vec.UserError) as raised:
+            ppo_vec.load_policy(run)
+        assert all(word in str(raised.value) for word in words)
+    else:
+        expected = ppo_vec.load_policy(tiny_run / "checkpoint.pt")(obs)
+        assert np.array_equal(ppo_vec.load_policy(run)(obs), expected)
+
+    assert time.monotonic() - began < 15, "three tries of less than 5 s"
+    assert peak_memory() - memory < 300, "MB of memory for a small file"
+    assert not Path("executed").exists(), "a checkpoint has executed code"
+    assert {k: v for k, v in digests(run).items() if not k.endswith(".lock")} == before
+
+
+def peak_memory() -> int:
+    """MB."""
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) // 1024
+
+
+def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """It asks for no network, no processes, no other folder; and its policy needs no extra package."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("wandb", *VIDEO):
+        monkeypatch.setitem(sys.modules, module, None)
+    wanted = {"track": True, "num_workers": 64, "capture_video": True, "runs_dir": "elsewhere", "run_name": "x"}
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    for name in ("checkpoint.pt", "best.pt"):
+        tree = read(run / name)
+        args = {k: v for k, v in {**tree["args"], **wanted}.items() if k != "wrappers"}  # a newer flag has its default
+        (run / name).write_bytes(changed(tree, args, "args"))
+    assert main("--evaluate", run) == 0
+    assert "video" not in capsys.readouterr().out
+    assert main("--resume", run, "--total-timesteps", "160") == 0
+    found = json.loads((run / "args.json").read_text())["args"]
+    assert [found[name] for name in wanted] == [False, None, False, str(tmp_path), "run"]
+    assert read(run / "checkpoint.pt")["global_step"] == 160
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (run / "videos").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("episodes.csv", 1), ("events*", 1), (".lock", 2), ("args.json", 0), ("args.json.tmp", 0), ("summary.json", 0),
+        ("checkpoint.pt.tmp", 0), ("best.pt", 0), ("best.pt.tmp", 0), ("checkpoint.previous.pt", 0),
+        ("learning_curve.png", 0), ("evaluation.csv.tmp", 0),
+    ],
+)  # fmt: skip
+def test_a_link_in_a_run_folder(name: str, code: int, tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Its victim keeps its content: the run ends with one line, or goes on without it."""
+    run, victim = Path(shutil.copytree(tiny_run, tmp_path / "run")), tmp_path / "victim"
+    victim.write_bytes(b"mine\n" * 9999)
+    path = next(run.glob(name), run / name)
+    path.unlink(missing_ok=True)
+    path.symlink_to(victim)
+    before = digests(tmp_path)[str(victim)]
+    assert main("--resume", run, "--total-timesteps", "160") == code
+    assert digests(tmp_path)[str(victim)] == before
+    if code:
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last.startswith("ppo_vec.py: error: cannot write")
+    else:
+        assert read(run / "checkpoint.pt")["global_step"] == 160
+
+
+def test_what_is_no_regular_file(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Nothing waits for a pipe, reads an endless device or fills the memory."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    obs = np.ones(3)
+    expected = ppo_vec.load_policy(run / "checkpoint.pt")(obs)
+    (run / "best.pt").unlink()
+    (run / "best.pt").symlink_to("/dev/zero")
+    assert main("--evaluate", run) == 0
+    assert np.array_equal(ppo_vec.load_policy(run)(obs), expected)
+    assert capsys.readouterr().err.count("warning: ") == 2
+    (run / "best.pt").unlink()
+    with open(run / "best.pt", "wb") as file:
+        file.truncate(2**40)
+    assert np.array_equal(ppo_vec.load_policy(run)(obs), expected)
+    assert "best.pt is too large; using checkpoint.pt" in capsys.readouterr().err
+    for name in ("best.pt", "checkpoint.pt", "checkpoint.previous.pt"):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    for argv in (["--resume", run], ["--evaluate", run], ["--resume", run / "checkpoint.pt"]):
+        assert_one_line(main(*argv), capsys.readouterr(), "checkpoint.pt is no regular file")
+
+
+def test_json_files_that_are_broken(tiny_run: Path, tmp_path: Path) -> None:
+    """What was in them is lost, but the run goes on."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    broken = ("[1]", '"x"', "3", "{", "", "\xff", "[" * 99999, '{"earlier": 3, "finished": [1]}')
+    for steps, text in zip(range(160, 999, 40), broken, strict=False):
+        for name in ("args.json", "summary.json"):
+            (run / name).write_text(text, encoding="latin-1")
+        assert main("--resume", run, "--total-timesteps", steps) == 0, text
+        assert json.loads((run / "args.json").read_text())["args"]["total_timesteps"] == steps
+        assert json.loads((run / "summary.json").read_text())["global_step"] == steps
+
+
+# ---- What a run leaves -----------------------------------------------------------------------------------------------
 
 TAGS = (
-    "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS", "losses/policy_loss",
-    "losses/value_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
-    "losses/explained_variance", "time/rollout_s", "time/update_s", "charts/SPS_rollout", "charts/SPS_total",
-    "charts/eval_return", "charts/valid_fraction", "charts/action_std", "charts/fall_rate", "charts/practice_fall_rate",
-    "losses/grad_norm",
+    "charts/episodic_return", "charts/episodic_length", "charts/eval_return", "charts/fall_rate",
+    "charts/practice_fall_rate", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/old_approx_kl",
+    "losses/approx_kl", "losses/clipfrac", "losses/explained_variance", "losses/policy_loss_grad_norm",
+    "losses/value_loss_grad_norm", "policy/learning_rate", "policy/action_std", "time/SPS", "time/SPS_rollout",
+    "time/SPS_total", "time/rollout_s", "time/update_s",
 )  # fmt: skip
 
 
 def test_tags(trained: Path) -> None:
     scalars = faults.scalars(trained)
     assert set(TAGS) == set(scalars)
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert all(f"`{tag}`" in readme for tag in TAGS)
     assert all(math.isfinite(value) for points in scalars.values() for _, value in points)
-    steps = [step for step, _ in scalars["charts/SPS"]]
-    assert steps == [step for step, _ in scalars["losses/policy_loss"]]
-    assert 4000 <= steps[-1] < 4000 + 256
-    assert len(steps) == ppo_vec.decode((trained / "checkpoint.pt").read_bytes())["iteration"]
-    assert all(0 < value <= 1 for _, value in scalars["charts/valid_fraction"])
-    rows = np.array([value for _, value in scalars["charts/valid_fraction"]]) * 256
-    assert rows.sum() == pytest.approx(steps[-1])  # rows in which an environment only resets are no steps
-    rates = [value for _, value in scalars["charts/learning_rate"]]
-    assert all(a > b > 0 for a, b in itertools.pairwise(rates))
+    steps = [step for step, _ in scalars["time/SPS"]]
+    assert steps == [step for step, _ in scalars["losses/policy_loss"]] == list(range(256, 4097, 256))
+    rates = [value for _, value in scalars["policy/learning_rate"]]
+    assert rates == pytest.approx([2.5e-4 * (1 - (step - 256) / 4000) for step in steps])
+    assert all(0.4 < value < 0.6 for _, value in scalars["policy/action_std"])  # 0.5 at the start
 
 
 def test_episodes_csv(trained: Path) -> None:
     lines = (trained / "episodes.csv").read_text().splitlines()
     assert lines[0] == "global_step,time_s,return,length,env"
-    rows = list(csv.DictReader(lines))
-    assert rows
-    scalars = faults.scalars(trained)
+    rows, scalars = list(csv.DictReader(lines)), faults.scalars(trained)
     steps = [int(row["global_step"]) for row in rows]
-    assert [(s, float(np.float32(row["return"]))) for s, row in zip(steps, rows, strict=True)] == scalars[
-        "charts/episodic_return"
-    ]
-    assert [(s, float(row["length"])) for s, row in zip(steps, rows, strict=True)] == scalars["charts/episodic_length"]
+    for name in ("return", "length"):
+        found = [(step, float(np.float32(row[name]))) for step, row in zip(steps, rows, strict=True)]
+        assert found == scalars[f"charts/episodic_{name}"]
     times = [float(row["time_s"]) for row in rows]
     assert times == sorted(times)
-    tree = ppo_vec.decode((trained / "checkpoint.pt").read_bytes())
-    assert tree["episode_count"] == len(rows)
-    envs = {k: v.numpy() for k, v in tree["envs"].items() if k not in ("actions", "started")}
-    begun = envs["places"].view(ppo_vec.PLACE)["length"][:, 0]
-    assert envs["practice_steps"][:, 1].sum() > 0
+    envs = read(trained / "checkpoint.pt")["envs"]
+    assert envs["memory"][:, -1].sum() > 0, "nobody has practised"
     for env in range(4):
+        whole, practice = envs["memory"][env, -2:].tolist()
         lengths = [int(row["length"]) for row in rows if int(row["env"]) == env]
         assert all(1 <= length <= 1600 for length in lengths)
-        assert sum(lengths) == envs["practice_steps"][env, 0]
-        running = 0 if envs["done"][env] else envs["lengths"][env] - begun[env]
-        assert envs["practice_steps"][env].sum() + running == tree["iteration"] * 64 - envs["episode"][env]
-
-
-def test_only_a_training_needs_memory_for_its_rollout(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sysconf", lambda name: 1)
-    assert main(["--evaluate", str(trained), "--eval-episodes", "1"]) == 0
-    assert main(["--resume", str(trained)]) == 2
+        assert sum(lengths) == whole
+        assert whole + practice + sum(map(len, envs["actions"][env])) == 4096 / 4
 
 
 def test_best_is_the_best(trained: Path) -> None:
     """By its mean less one standard error: a policy that once in a while falls may be lucky in a few episodes."""
-    tree, best = (ppo_vec.decode((trained / name).read_bytes()) for name in ("checkpoint.pt", "best.pt"))
-
-    def standing(row: dict) -> float:
-        return row["mean"] - row["std"] / row["episodes"] ** 0.5
-
-    rows = [candidate["evaluation"] for candidate in tree["candidates"]]
-    assert len(rows) > 1
-    assert standing(best["evaluation"]) == max(map(standing, rows))
-    assert standing(best["evaluation"]) >= standing(tree["evaluations"][-1])
-
-
-def test_two_equal_means_rank_by_their_spread() -> None:
     falls, never = ({"evaluation": {"mean": 300.0, "std": std, "episodes": 100}} for std in (50.0, 1.0))
-    assert ppo_vec.standing(falls) == 295
-    assert ppo_vec.standing(never) == pytest.approx(299.9)
+    assert (ppo_vec.rank(falls), ppo_vec.rank(never)) == (295, pytest.approx(299.9))
+    tree, best = read(trained / "checkpoint.pt"), read(trained / "best.pt")
+    ranks = [ppo_vec.rank(candidate) for candidate in tree["candidates"]]
+    assert len(ranks) > 1
+    assert ranks == sorted(ranks, reverse=True)
+    assert ppo_vec.rank(best) == ranks[0] >= ppo_vec.rank({"evaluation": tree["evaluations"][-1]})
+    assert all(torch.equal(best["agent"][name], w) for name, w in tree["candidates"][0]["agent"].items())
 
 
 def test_args_json(trained: Path) -> None:
-    saved = json.loads((trained / "args.json").read_text())
-    assert set(saved["args"]) == {f.name for f in dataclasses.fields(ppo_vec.Args)}
-    assert saved["args"]["num_steps"] == 64
-    assert saved["args"]["run_name"] == "walker"
-    assert "ppo_vec.py" in saved["command"]
-    assert "--num-envs 4" in saved["command"]
-    assert saved["versions"]["torch"] == torch.__version__
-    assert set(saved["versions"]) >= {"python", "torch", "numpy", "gymnasium", "box2d"}
-    assert {"git_commit", "cpu", "gpu"} <= set(saved)
+    found = json.loads((trained / "args.json").read_text())
+    assert set(found["args"]) == {f.name for f in dataclasses.fields(ppo_vec.Options)}
+    assert (found["args"]["num_steps"], found["args"]["run_name"], found["earlier"]) == (64, "walker", [])
+    assert "ppo_vec.py" in found["command"]
+    assert "--num-envs 4" in found["command"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["versions"]) >= {"python", "torch", "numpy", "gymnasium", "box2d"}
+    assert {"git_commit", "cpu", "cores", "gpu", "kernels"} <= set(found)
 
 
-def test_summary_json(trained: Path) -> None:
+def test_summary_json_and_evaluation_csv(trained: Path, tiny_run: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
-    names = (
-        "env_id seed global_step wall_time_s train_time_s sps eval_episodes eval_mean eval_std eval_min "
-        "eval_frac_solved last_eval_mean last_eval_std last_eval_min solved_at_step solved_at_s"
-    )
-    assert set(names.split()) <= set(summary)
-    assert summary["env_id"] == "BipedalWalker-v3"
-    assert summary["seed"] == 1
-    assert summary["eval_episodes"] == 2
+    rows = list(csv.DictReader((trained / "evaluation.csv").read_text().splitlines()))
+    returns = [float(row["return"]) for row in rows]
+    assert summary.items() >= {
+        "env_id": "BipedalWalker-v3", "seed": 1, "global_step": 4096, "eval_episodes": 2, "eval_frac_solved": 0,
+        "eval_mean": np.mean(returns), "eval_std": np.std(returns), "eval_min": min(returns), "solved_at_step": None,
+        "solved_at_s": None, "worker_restarts": 0, "finished": True,
+    }.items()  # fmt: skip
+    assert {"last_eval_mean", "last_eval_std", "last_eval_min"} <= set(summary)
     assert 0 < summary["train_time_s"] < summary["wall_time_s"]
-    assert summary["sps"] == pytest.approx(summary["global_step"] / summary["train_time_s"], rel=0.01)
-    assert summary["eval_min"] <= summary["eval_mean"]
-    assert summary["solved_at_step"] is None
+    assert summary["sps"] == pytest.approx(4096 / summary["train_time_s"], rel=0.01)
+    assert [list(row) for row in rows] == [["seed", "return", "length", "fell"]] * 2
+    assert [row["seed"] for row in rows] == ["0", "1"]
+    assert all((row["fell"] == "True") == (row["length"] != "1600") for row in rows)
+    # An evaluation of 10 episodes of 20 steps; 3 x 2 episodes that choose among it, the last weights and the mean
+    # weights; 1 that tests the last weights, and 1 more if others are delivered.
+    assert json.loads((tiny_run / "summary.json").read_text())["evaluation_steps"] in (20 * 17, 20 * 18)
 
 
-def test_checkpoints_load_as_plain_tensors(trained: Path) -> None:
+def test_files_that_others_read(trained: Path) -> None:
+    """Checkpoints are plain tensors; the learning curve is a picture with something in it."""
+    from matplotlib.image import imread
+
     for name in ("checkpoint.pt", "checkpoint.previous.pt", "best.pt"):
         tree = torch.load(trained / name, weights_only=True)
         assert tree["args"]["env_id"] == "BipedalWalker-v3"
         assert "normalizer.mean" in tree["agent"], "a policy without its normaliser"
     assert not list(trained.glob("*.tmp"))
-
-
-def test_learning_curve_is_a_picture(trained: Path) -> None:
-    from matplotlib.image import imread
-
     picture = imread(trained / "learning_curve.png")
-    assert picture.shape[0] > 300
-    assert picture.shape[1] > 500
+    assert min(picture.shape[:2]) > 300
     colours = np.unique((picture[..., :3] * 255).astype(np.uint8).reshape(-1, 3), axis=0)
     assert len(colours) > 20, "an empty picture"
 
 
-def test_shortest_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One iteration, in which no episode ends: no warning, no tag twice at a step."""
+def test_shortest_run(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    """One iteration, in which no episode ends: no warning, no tag twice at a step; and deterministic algorithms."""
+    seen, update = [], ppo_vec.update
+    torch.use_deterministic_algorithms(False)
+    note = lambda *given: seen.append(torch.are_deterministic_algorithms_enabled()) or update(*given)  # noqa: E731
+    monkeypatch.setattr(ppo_vec, "update", note)
     assert train(tmp_path / "run", *tiny(), "--num-steps", "8", "--total-timesteps", "8") == 0
     err = capfd.readouterr().err
-    assert "Warning" not in err
+    assert "arning" not in err
     assert "Traceback" not in err
     assert fingerprint(tmp_path / "run")["episodes"] == []
+    assert seen == [True]
 
 
-def test_name_of_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert ppo_vec.main([*tiny(), "--exp-name", "trial", "--seed", "5"]) == 0
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(rf"{tiny_id()}__trial__5__\d+", folder.name)
+def test_cuda_that_cannot_be_used(tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """A device that torch reports may be too old for it, or taken: one warning, and the CPU does the same."""
+    ones = torch.ones
+
+    def fail(*size: int, device: str | None = None, **given: Any) -> torch.Tensor:
+        if "cuda" in str(device):
+            raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
+        return ones(*size, device=device, **given)
+
+    monkeypatch.setattr(torch, "ones", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old one")
+    assert train(tmp_path / "run", *tiny(), "--cuda") == 0
+    warning, *_ = lines = capsys.readouterr().err.splitlines()
+    assert "no kernel image is available for execution" in warning
+    assert sum("warning: --cuda" in line for line in lines) == 1
+    found = faults.differences(fingerprint(tmp_path / "run"), fingerprint(tiny_run))
+    assert len(found) == len([place for place in found if "args/cuda" in place]) > 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# --evaluate
-# ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(" avx2 " not in Path("/proc/cpuinfo").read_text(), reason="no AVX2")
+@pytest.mark.parametrize(("given", "expected"), [({}, "Haswell"), ({"OPENBLAS_CORETYPE": "Sandybridge"},) * 2])
+def test_numpy_takes_the_kernels_that_every_machine_has(given: dict[str, str], expected: Any) -> None:
+    """What NumPy's OpenBLAS says itself; a value that the user has set stays."""
+    code = """
+import ctypes, glob, os, ppo_vec
+(path,) = glob.glob(os.path.dirname(ppo_vec.np.__file__) + ".libs/libscipy_openblas*")
+name = ctypes.CDLL(path).scipy_openblas_get_corename64_
+name.restype = ctypes.c_char_p
+print(os.environ["OPENBLAS_CORETYPE"], name().decode())"""
+    env, here = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"} | given, Path(ppo_vec.__file__).parent
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=here, capture_output=True, text=True, check=True
+    ).stdout
+    assert out.split() == [given.get("OPENBLAS_CORETYPE", expected)] * 2
 
 
-def test_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# ---- --evaluate ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate(trained: Path, capsys: Capture) -> None:
     """Deterministic by default: the same twice, and the same as the test at the end of training."""
     before = digests(trained)
     outputs = []
-    for extra in ([], [], ["--stochastic"], ["--stochastic"], ["--eval-episodes", "3"]):
-        assert ppo_vec.main(["--evaluate", str(trained), *extra]) == 0
+    for extra in ([], ["--num-workers", "1"], ["--stochastic"], ["--stochastic"], ["--eval-episodes", "3"]):
+        assert main("--evaluate", trained, *extra) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     assert outputs[2] == outputs[3]
@@ -564,74 +709,64 @@ def test_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "stochastic" in outputs[2].replace("deterministic", "")
     assert "3 episodes" in outputs[4]
     assert all(output.count("\n") == 1 for output in outputs)
+    # A checkpoint holds the last weights, best.pt and the folder the delivered ones.
+    for name, mean in (("checkpoint.pt", "last_eval_mean"), ("best.pt", "eval_mean")):
+        assert main("--evaluate", trained / name) == 0
+        assert f"{summary[mean]:.1f} +- " in capsys.readouterr().out
     assert digests(trained) == before
 
 
-def test_evaluate_a_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint holds the last weights, best.pt and the folder the delivered ones."""
-    summary = json.loads((trained / "summary.json").read_text())
-    for name, mean in (("checkpoint.pt", "last_eval_mean"), ("best.pt", "eval_mean")):
-        assert ppo_vec.main(["--evaluate", str(trained / name)]) == 0
-        assert f"{summary[mean]:.1f} +- " in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["BipedalWalker-v3", "BipedalWalkerHardcore-v3"])
+def test_policies_of_older_versions(name: str, capsys: Capture) -> None:
+    """The committed ones were made by earlier versions, with other flags; they walk to the end."""
+    run = ROOT / "runs" / "reference" / name
+    assert ppo_vec.load_policy(run)(np.zeros((5, 24), np.float32)).shape == (5, 4)
+    assert main("--evaluate", run, "--eval-episodes", "2") == 0
+    mean = float(re.search(rf"{name}, deterministic: (\S+) \+- .*2 episodes", capsys.readouterr().out)[1])
+    assert mean > 280
 
 
-def test_capture_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import imageio_ffmpeg
+def test_capture_video(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    import imageio
 
     run = tmp_path / "pendulum"
     args = "--env-id Pendulum-v1 --num-envs 2 --num-workers 1 --num-steps 32 --total-timesteps 64 --eval-episodes 1"
     assert train(run, *args.split(), "--capture-video") == 0
-    assert len(list((run / "videos").glob("*.mp4"))) == 1
-    assert ppo_vec.main(["--evaluate", str(run), "--capture-video"]) == 0
-    (path,) = re.findall(r"video: (.*\.mp4)", capsys.readouterr().out)
-    frames = imageio_ffmpeg.read_frames(path)
-    size = next(frames)["size"]
-    pictures = [np.frombuffer(frame, np.uint8) for frame in frames]
-    assert min(size) >= 100
-    assert len(pictures) > 190  # the whole episode of 200 steps
+    path = run / "videos" / "Pendulum-v1-seed0.mp4"
+    pictures = imageio.mimread(path)
+    assert len(pictures) == 201  # the whole episode of 200 steps
+    assert pictures[0].shape == (500, 500, 3)
     assert any((picture != pictures[0]).any() for picture in pictures), "a still"
+    path.unlink()
+    assert main("--evaluate", run, "--capture-video") == 0
+    assert f"video: {path}\n" in capsys.readouterr().out
+    assert [file.name for file in (run / "videos").iterdir()] == [path.name]
 
-
-def test_a_video_that_fails_takes_nothing_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import imageio_ffmpeg
-
-    run = tmp_path / "pendulum"
-    args = "--env-id Pendulum-v1 --num-envs 2 --num-workers 1 --num-steps 32 --total-timesteps 64 --eval-episodes 1"
-    monkeypatch.setattr(imageio_ffmpeg, "write_frames", fail_with(OSError("no space\nleft")))
-    assert train(run, *args.split(), "--capture-video") == 1
+    monkeypatch.setattr(imageio, "get_writer", fail_with(OSError("no space\nleft")))  # it takes nothing with it
+    assert train(tmp_path / "other", *args.split(), "--capture-video") == 1
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith("ppo_vec.py: error: cannot write ")
-    assert last.endswith("no space left")
-    assert json.loads((run / "summary.json").read_text())["finished"] is True
-    assert fingerprint(run)["checkpoint"]["finished"] is True
-    assert ppo_vec.main(["--evaluate", str(run), "--capture-video"]) == 1
+    assert last == f"ppo_vec.py: error: cannot write {tmp_path}/other/videos/{path.name}: no space left"
+    assert main("--evaluate", tmp_path / "other", "--capture-video") == 1
     captured = capsys.readouterr()
     assert "Pendulum-v1, deterministic: " in captured.out
     assert captured.err.splitlines()[-1] == last
 
 
-def test_track_logs_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_track_logs_to_wandb(tmp_path: Path, monkeypatch: Patch) -> None:
     """What TensorBoard gets, at the same steps, under the name of the run."""
     logged: dict[str, list[tuple[int, float]]] = {}
     session, ended = {}, []
 
-    class Wandb:
-        def log(self, values: dict[str, float], step: int) -> None:
-            for tag, value in values.items():
-                logged.setdefault(tag, []).append((step, pytest.approx(value, rel=1e-6)))  # TensorBoard has float32
+    def log(values: dict[str, float], step: int) -> None:
+        for tag, value in values.items():
+            logged.setdefault(tag, []).append((step, pytest.approx(value, rel=1e-6)))  # TensorBoard has float32
 
-        def finish(self) -> None:
-            ended.append(True)
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: session.update(given) or Wandb()))
+    wandb = SimpleNamespace(log=log, finish=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: session.update(given) or wandb))
     run = tmp_path / "run"
     assert train(run, *tiny(), "--track") == 0
     assert (session["id"], session["resume"], session["config"]["num_steps"]) == ("run", "allow", 20)
-    scalars = fingerprint(run)["scalars"]
-    assert set(scalars) <= set(logged)
-    assert all(logged[tag] == rows for tag, rows in scalars.items())
+    assert logged == faults.scalars(run)
     assert ended == [True]
 
 
@@ -642,102 +777,182 @@ def test_interrupted_evaluation_is_quiet(trained: Path) -> None:
     assert trainer.finish().check(130).seconds < 60
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# --resume
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- --resume --------------------------------------------------------------------------------------------------------
 
 
-def test_resuming_a_finished_run_changes_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = digests(trained)
-    for where in (trained, trained / "checkpoint.pt"):
-        assert ppo_vec.main(["--resume", str(where)]) == 0
-        captured = capsys.readouterr()
-        assert "finished" in captured.err + captured.out
-        assert "--total-timesteps" in captured.err + captured.out
-    assert digests(trained) == before
+def test_resuming_a_finished_run_changes_nothing(tiny_run: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    before = digests(tiny_run)
+    monkeypatch.chdir(tiny_run)
+    for where in (tiny_run, tiny_run / "checkpoint.pt", "."):
+        assert main("--resume", where) == 0
+        assert "is finished; a longer --total-timesteps" in capsys.readouterr().err
+    assert main("--evaluate", "checkpoint.pt") == 0
+    assert digests(tiny_run) == before
 
 
-def stop_at(steps: int) -> Callable[..., None]:
-    """In place of Run.save_now_and_then: ends the run as a signal would."""
+def stop_at(steps: int) -> Callable[..., bool]:
+    """In place of should_save: ends the run as a signal does, at this step."""
 
-    def save(run: ppo_vec.Run) -> None:
-        if run.state.global_step >= steps:
-            run.stopped = signal.SIGTERM
+    def should_save(state: ppo_vec.State) -> bool:
+        if state.global_step >= steps:
+            signal.raise_signal(signal.SIGTERM)
+        return False
 
-    return save
+    return should_save
 
 
-def test_resume_continues_folder_counters_and_schedule(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_continues_folder_counters_and_schedule(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
+    monkeypatch.setattr(ppo_vec, "GRACE", 600)
     assert train(whole, *tiny("", 300)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_vec.Run, "save_now_and_then", stop_at(150))
+        patch.setattr(ppo_vec, "should_save", stop_at(150))
         assert train(run, *tiny("", 300)) == 143
-        assert 150 <= fingerprint(run)["checkpoint"]["global_step"] < 300
+        assert fingerprint(run)["checkpoint"]["global_step"] == 160
         moved = run.rename(tmp_path / "moved")  # the run is where its folder is
-        patch.setattr(ppo_vec.Run, "save_now_and_then", stop_at(220))
-        assert ppo_vec.main(["--resume", str(moved)]) == 143
-    assert ppo_vec.main(["--resume", str(moved / "checkpoint.pt"), "--num-workers", "1"]) == 0
+        for path in (moved / "episodes.csv", *moved.glob("events*")):  # written after the checkpoint: will come again
+            path.write_bytes(path.read_bytes() + b"160,1.0,5.0,20,0\n")
+        patch.setattr(ppo_vec, "should_save", stop_at(220))
+        assert main("--resume", moved) == 143
+        assert f"continue with: --resume {moved}" in capsys.readouterr().err
+    assert main("--resume", moved / "checkpoint.pt", "--num-workers", "1") == 0
     assert not run.exists()
     assert len(list(moved.glob("events*"))) == 1
     found = faults.differences(fingerprint(moved), fingerprint(whole))
     assert not found, found
-    rates = [value for _, value in faults.scalars(moved)["charts/learning_rate"]]
-    assert np.allclose(np.diff(rates), np.diff(rates)[0], rtol=0.1), "a jump in the schedule"
-    assert json.loads((moved / "summary.json").read_text())["wall_time_s"] > 0
+    rates = fingerprint(moved)["scalars"]["policy/learning_rate"]
+    assert rates == [(40 * i, pytest.approx(5e-4 * (1 - 40 * (i - 1) / 300))) for i in range(1, 9)]
 
 
-def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: Patch) -> None:
     run = tmp_path / "run"
+    monkeypatch.setattr(ppo_vec, "GRACE", 600)
     assert train(run, *tiny("", 100)) == 0
     first = fingerprint(run)
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_vec.Run, "save_now_and_then", stop_at(150))
-        assert ppo_vec.main(["--resume", str(run), "--total-timesteps", "200"]) == 143
-    interrupted = fingerprint(run)["checkpoint"]
-    assert interrupted["finished"] is False, "it would not be continued"
+        patch.setattr(ppo_vec, "should_save", stop_at(150))
+        assert main("--resume", run, "--total-timesteps", "200") == 143
+    assert fingerprint(run)["checkpoint"]["finished"] is False, "it would not be continued"
     assert json.loads((run / "summary.json").read_text())["finished"] is False
-    assert ppo_vec.main(["--resume", str(run)]) == 0
+    assert main("--resume", run) == 0
     last = fingerprint(run)
-    assert 200 <= last["checkpoint"]["global_step"] < 240
-    assert last["checkpoint"]["finished"] is True
+    assert (last["checkpoint"]["global_step"], last["checkpoint"]["finished"]) == (200, True)
     assert last["episodes"][: len(first["episodes"])] == first["episodes"]
     assert len(last["episodes"]) > len(first["episodes"])
-    count = len(first["scalars"]["losses/policy_loss"])
-    assert last["scalars"]["losses/policy_loss"][:count] == first["scalars"]["losses/policy_loss"]
+    losses, rates = (last["scalars"][tag] for tag in ("losses/policy_loss", "policy/learning_rate"))
+    assert losses[:3] == first["scalars"]["losses/policy_loss"]
     # The schedule had come to its end, and goes back to where the longer one has it at that step.
-    (before, _), (_, rate) = last["scalars"]["charts/learning_rate"][count - 1 : count + 1]
-    assert rate == pytest.approx(ppo_vec.Args.learning_rate * (1 - before / 200))
-    saved = json.loads((run / "args.json").read_text())
-    sessions = [*saved["earlier"], saved]
+    assert [rate for _, rate in rates] == pytest.approx([5e-4, 3e-4, 1e-4, 2e-4, 1e-4])
+    found = json.loads((run / "args.json").read_text())
+    sessions = [*found["earlier"], found]
     assert [session["args"]["total_timesteps"] for session in sessions] == [100, 200, 200]
-    assert all(session["git_commit"] == saved["git_commit"] and session["command"] for session in sessions)
+    assert all(session["git_commit"] == found["git_commit"] and session["command"] for session in sessions)
 
 
-def test_run_in_another_folder_than_saved(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A relative path, from inside the run folder."""
-    before, here = digests(tiny_run), os.getcwd()
-    os.chdir(tiny_run)
-    try:
-        assert ppo_vec.main(["--resume", "."]) == 0
-        assert ppo_vec.main(["--evaluate", "checkpoint.pt"]) == 0
-    finally:
-        os.chdir(here)
-    assert digests(tiny_run) == before
+def test_resume_with_the_checkpoint_alone(tiny_run: Path, tmp_path: Path) -> None:
+    """Logs that were left behind begin anew, with their headers."""
+    run = tmp_path / "moved"
+    run.mkdir()
+    shutil.copy(tiny_run / "checkpoint.pt", run)
+    assert main("--resume", run, "--total-timesteps", "200") == 0
+    header, *rows = (run / "episodes.csv").read_text().splitlines()
+    assert header == "global_step,time_s,return,length,env"
+    assert [row.split(",")[0] for row in rows] == ["160", "160", "200", "200"]
+    assert [step for step, _ in faults.scalars(run)["losses/policy_loss"]] == [160, 200]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# load_policy
-# ----------------------------------------------------------------------------------------------------------------------
+def test_the_latest_run(tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """That whose checkpoint is the newest; in runs/, or in --runs-dir."""
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate("bcad"):
+        shutil.copytree(tiny_run, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "checkpoint.pt", (1e9 - i % 3, 1e9 - i % 3))
+    os.utime("runs/c/checkpoint.pt", (1e9 + 5, 1e9 + 5))
+    (tmp_path / "runs" / "e").mkdir()
+    (tmp_path / "runs" / "e" / "checkpoint.pt").symlink_to("nowhere")
+    assert main("--resume", "latest") == 0
+    assert "runs/c is finished" in capsys.readouterr().err
+    assert main("--resume", "latest", "--total-timesteps", "160") == 0
+    assert read(Path("runs/c/checkpoint.pt"))["global_step"] == 160
+    (tmp_path / "runs").rename("others")
+    os.utime("others/a/checkpoint.pt")
+    shutil.copy("others/a/checkpoint.pt", "others/a/best.pt")
+    capsys.readouterr()
+    assert main("--evaluate", "latest", "--runs-dir", "others") == 0
+    mean = json.loads((tiny_run / "summary.json").read_text())["last_eval_mean"]
+    assert f": {mean:.1f} +- " in capsys.readouterr().out
 
 
-def test_load_policy(trained: Path) -> None:
+DRIFT = """
+import gymnasium as gym, numpy as np
+
+class Drift(gym.Env):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
+    observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, pull=0.0, render_mode=None):
+        self.pull, self.render_mode = pull, render_mode
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return self.state, {}
+    def step(self, action):
+        self.state = 0.9 * self.state + 0.1 * action
+        return self.state, self.pull, False, False, {}
+    def render(self):
+        return np.full((64, 96, 3), 128 + 100 * self.state[0], np.uint8)
+
+gym.register("Drift-v0", Drift, max_episode_steps=20)
+stack = lambda env: gym.wrappers.FrameStackObservation(env, 3)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*Overriding environment")
+def test_env_kwargs_and_wrappers(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """An environment of the user's own is trained, evaluated, filmed and resumed. Its code is imported when typed."""
+    import imageio
+
+    (tmp_path / "drift.py").write_text(DRIFT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ppo_vec, "GRACE", 600)
+    typed = "--env-id", "drift:Drift-v0", "--wrappers", "drift:stack"
+    args = *tiny(), *typed, "--env-kwargs", '{"pull": 0.25}', "--capture-video"
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(whole, *args) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_vec, "should_save", stop_at(50))
+        assert train(run, *args) == 143
+    for given, wanted in (((), typed[:2]), (typed[:2], typed[2:]), (typed[2:], typed[:2])):
+        sys.modules.pop("drift", None)
+        for mode in ("--resume", "--evaluate"):
+            capsys.readouterr()
+            assert_one_line(main(mode, run, *given), capsys.readouterr(), "would import code", " ".join(wanted))
+            assert "drift" not in sys.modules
+    assert main("--resume", run, *typed, "--capture-video") == 0
+    found = faults.differences(fingerprint(run), fingerprint(whole))
+    assert not found, found
+    assert {float(ret) for _, ret, *_ in fingerprint(run)["episodes"]} == {5.0}  # 20 steps, 0.25 each
+    capsys.readouterr()
+    assert main("--evaluate", run, *typed) == 0
+    assert "drift:Drift-v0, deterministic: 5.0 +- 0.0 (min 5.0, 1 episodes)" in capsys.readouterr().out
+    pictures = imageio.mimread(run / "videos" / "drift_Drift-v0-seed0.mp4")
+    assert (len(pictures), pictures[0].shape) == (21, (64, 96, 3))
+    sys.modules.pop("drift")
+    act = ppo_vec.load_policy(run)  # of three frames of two numbers
+    assert (act(np.zeros((4, 6))).shape, act(np.zeros((3, 2))).shape) == ((4, 1), (1,))
+    assert "drift" not in sys.modules
+
+
+# ---- load_policy -----------------------------------------------------------------------------------------------------
+
+
+def test_load_policy(trained: Path, tiny_run: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
     act = ppo_vec.load_policy(trained)
+    assert torch.equal(torch.get_rng_state(), before)
     space = gym.make("BipedalWalker-v3").action_space
-    rng = np.random.default_rng(0)
-    batch = rng.normal(scale=3, size=(37, 24)).astype(np.float32)
+    batch = np.random.default_rng(0).normal(scale=3, size=(37, 24)).astype(np.float32)
     actions = act(batch)
     assert actions.shape == (37, 4)
     assert actions.dtype == np.float32
@@ -750,81 +965,13 @@ def test_load_policy(trained: Path) -> None:
     assert act(batch[:0]).shape == (0, 4)
     for name in ("best.pt", "checkpoint.pt"):
         assert ppo_vec.load_policy(str(trained / name))(batch).shape == (37, 4)
+    far = ppo_vec.load_policy(tiny_run)(np.random.default_rng(0).normal(scale=100, size=(1000, 3)))
+    assert np.abs(far).max() <= 2, "beyond the bounds of the tiny environment"
 
 
-def test_loaded_policy_respects_other_bounds(tiny_run: Path) -> None:
-    """The actions of the tiny environment lie in [-2, 2]."""
-    act = ppo_vec.load_policy(tiny_run)
-    actions = act(np.random.default_rng(0).normal(scale=100, size=(1000, 3)))
-    assert np.abs(actions).max() <= 2
-
-
-def test_a_policy_needs_no_extra_of_its_training(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One trained with --track or --capture-video can be used and evaluated where those packages are not installed."""
-    tree = ppo_vec.decode((tiny_run / "best.pt").read_bytes())
-    tree["args"] |= {"track": True, "capture_video": True}
-    (tmp_path / "best.pt").write_bytes(ppo_vec.encode(tree))
-    for module in ("wandb", "imageio_ffmpeg", "matplotlib"):
-        monkeypatch.setitem(sys.modules, module, None)
-    assert ppo_vec.load_policy(tmp_path)(np.zeros(3)).shape == (1,)
-    assert ppo_vec.main(["--evaluate", str(tmp_path)]) == 0
-    assert "video" not in capsys.readouterr().out
-
-
-def test_an_environment_of_a_module_is_trusted_when_it_is_typed(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """module:id imports code, so a checkpoint alone cannot ask for it; the policy itself needs no environment."""
-    (tmp_path / "good_module.py").write_text("loaded = True\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    tree = ppo_vec.decode((tiny_run / "best.pt").read_bytes())
-    tree["args"]["env_id"] = env_id = f"good_module:{tiny_id()}"
-    (tmp_path / "best.pt").write_bytes(ppo_vec.encode(tree))
-    assert ppo_vec.load_policy(tmp_path)(np.zeros(3)).shape == (1,)
-    assert_one_line(
-        main(["--evaluate", str(tmp_path)]), capsys.readouterr(), "would import code", f"--env-id '{env_id}'"
-    )
-    assert "good_module" not in sys.modules
-    assert ppo_vec.main(["--evaluate", str(tmp_path), "--env-id", env_id]) == 0
-    assert sys.modules.pop("good_module").loaded
-
-
-def test_resume_with_the_checkpoint_alone(tiny_run: Path, tmp_path: Path) -> None:
-    """Logs that were left behind begin anew, with their headers."""
-    run = tmp_path / "moved"
-    run.mkdir()
-    (run / "checkpoint.pt").write_bytes((tiny_run / "checkpoint.pt").read_bytes())
-    with faults.quiet(), faults.replaced_attribute(ppo_vec.Run, "write_curve", lambda run: None):
-        assert ppo_vec.main(["--resume", str(run), "--total-timesteps", "200"]) == 0
-    header, *rows = (run / "episodes.csv").read_text().splitlines()
-    assert header == "global_step,time_s,return,length,env"
-    assert len(rows) >= 2
-    (events,) = run.glob("events.out.tfevents.*")
-    assert b"brain.Event:2" in events.read_bytes()[:60]
-
-
-def test_load_policy_of_a_stranger(tmp_path: Path) -> None:
-    with pytest.raises(ppo_vec.UserError, match="no checkpoint"):
-        ppo_vec.load_policy(tmp_path)
-    (tmp_path / "best.pt").write_bytes(faults.sign(faults.pickle.dumps(faults.Bomb(tmp_path / "executed"))))
-    with pytest.raises(ppo_vec.UserError, match=r"best\.pt"):
-        ppo_vec.load_policy(tmp_path / "best.pt")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_load_policy_changes_no_random_state(trained: Path) -> None:
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    ppo_vec.load_policy(trained)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_policy_of_a_run_under_way(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_policy_of_a_run_under_way(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     """Before the first evaluation there is no best.pt; a damaged one is noticed, and the checkpoint used."""
-    for name in ("checkpoint.pt", "best.pt"):
-        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    shutil.copy(trained / "checkpoint.pt", tmp_path)
     (tmp_path / "best.pt").write_bytes(b"junk")
     obs = np.ones(24, np.float32)
     expected = ppo_vec.load_policy(trained / "checkpoint.pt")(obs)

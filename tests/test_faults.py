@@ -6,12 +6,13 @@ broken checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import itertools
 import json
 import multiprocessing
 import os
-import random
 import re
 import resource
 import signal
@@ -19,25 +20,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import gymnasium as gym
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import faults
-from faults import EAGER, Trainer, assert_same, fingerprint, start, tiny
+from faults import EAGER, assert_same, fingerprint, start, tiny
 
 import ppo_vec
 
-SLOW = "import time; real = ppo_vec.update; ppo_vec.update = lambda *a: (time.sleep(0.15), real(*a))[1]"
 STUCK = "import time; ppo_vec.update = lambda *a: time.sleep(200)"
-NO_ALARM = "ppo_vec.signal.setitimer = lambda *a: None"  # a stuck iteration is given up by a second signal only
+SLOW = "ppo_vec.GRACE = 60; import time; real = ppo_vec.update; ppo_vec.update = lambda *a: (time.sleep(0.15), real(*a))[1]"
 SOON = 60  # seconds: far from STUCK's, and enough for an exit on a machine that is busy
+Capture, Patch, Make = pytest.CaptureFixture[str], pytest.MonkeyPatch, Callable[..., dict[str, Any]]
+PLOT = ppo_vec.plot_learning_curve
 
 
 @pytest.fixture(scope="module")
@@ -51,300 +50,390 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-WRITE_CURVE = ppo_vec.Run.write_curve
-
-
 @pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_plots(monkeypatch: Patch) -> None:
     """matplotlib takes longer than a tiny training."""
-    monkeypatch.setattr(ppo_vec.Run, "write_curve", lambda run: None)
+    monkeypatch.setattr(ppo_vec, "plot_learning_curve", lambda *_: None)
+
+
+def in_folder(run: Path, args: tuple[str, ...]) -> list[str]:
+    return [*(args or tiny()), "--runs-dir", str(run.parent), "--run-name", run.name]
 
 
 def train(run: Path, *args: str) -> int:
-    return ppo_vec.main([*(args or tiny()), "--runs-dir", str(run.parent), "--run-name", run.name])
+    return ppo_vec.main(in_folder(run, args))
 
 
-def undisturbed(run: Path, *args: str) -> dict[str, Any]:
-    other = run.with_name("undisturbed")
-    assert train(other, *args) == 0
-    return fingerprint(other)
+def resume(run: Path, *args: str) -> int:
+    return ppo_vec.main(["--resume", str(run), *args])
 
 
-def forked(argv: list[str], patch: Callable[[], None], err: Path) -> int:
-    """main(argv) in a copy of this process, after `patch`; returns the exit code."""
-    process = multiprocessing.get_context("fork").Process(target=forked_main, args=(argv, patch, err))
-    process.start()
-    process.join(200)
-    code = process.exitcode
-    process.kill()
-    process.join()
-    assert code is not None, f"hangs: {err.read_text()}"
-    return code
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Gives the fingerprint of an undisturbed run with these arguments."""
+
+    @functools.cache
+    def make(*args: str) -> dict[str, Any]:
+        run = tmp_path_factory.mktemp("undisturbed") / "run"
+        assert train(run, *args) == 0
+        return fingerprint(run)
+
+    return make
 
 
-def forked_main(argv: list[str], patch: Callable[[], None], err: Path) -> None:
-    descriptor = os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    patch()
-    sys.exit(ppo_vec.main(argv))
+class Fork:
+    """A tiny training in a copy of this process, after `patch`. It leads a group of processes of its own."""
+
+    def __init__(self, run: Path, *args: str, patch: Callable[[], Any]) -> None:
+        self.err = run.with_name("err")
+        self.process = multiprocessing.get_context("fork").Process(target=self.main, args=(in_folder(run, args), patch))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def main(self, argv: list[str], patch: Callable[[], Any]) -> None:
+        os.setsid()
+        descriptor = os.open(self.err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        patch()
+        sys.exit(ppo_vec.main(argv))
+
+    def wait_for(self, path: Path) -> None:
+        end = time.monotonic() + 100
+        while not path.exists():
+            assert self.process.is_alive(), self.err.read_text()
+            assert time.monotonic() < end, self.err.read_text()
+            time.sleep(0.01)
+
+    def group(self) -> list[int]:
+        """The living processes of the run."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, group = path.read_text().rsplit(")", 1)[1].split()[:3]
+                found += [int(path.parent.name)] * (int(group) == self.pid and state not in "ZX")
+        return found
+
+    def finish(self) -> tuple[int, str]:
+        """The exit code and stderr of a run that leaves no process behind."""
+        self.process.join(200)
+        code, end = self.process.exitcode, time.monotonic() + 20
+        while (left := self.group()) and time.monotonic() < end:
+            time.sleep(0.05)
+        for pid in self.group():
+            os.kill(pid, signal.SIGKILL)
+        self.process.join()
+        assert code is not None, f"hangs: {self.err.read_text()}"
+        assert not left, "a process lived on"
+        return code, self.err.read_text()
 
 
 def checked_checkpoint(run: Path) -> dict[str, Any]:
-    """The newest checkpoint, whose weights are finite."""
-    tree = ppo_vec.decode((run / "checkpoint.pt").read_bytes())
+    """The newest whole checkpoint, whose weights are finite."""
+    tree = ppo_vec.read_checkpoint(run)[1]
     assert all(tensor.isfinite().all() for tensor in tree["agent"].values())
     return tree
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The trainer is killed
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The trainer is killed -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("patch", ["", EAGER], ids=["usual checkpoints", "a checkpoint an iteration"])
-def test_killed_trainer_resumes_bit_equal(reference: faults.Reference, run: Path, patch: str) -> None:
-    for attempt in range(3):
-        if faults.kill_trainer(reference, run.with_name(f"run{attempt}"), random.Random(f"{patch}{attempt}"), patch):
-            return
-    pytest.fail("the run ended before the fault, three times")
+def test_killed_trainer_resumes_bit_equal(reference: faults.Reference, run: Path) -> None:
+    assert faults.kill_trainer(reference, run, [(0, 0.02), (7, 0.04)], EAGER).count("+") == 2
 
 
-def test_killed_at_every_fifth_file_operation_resumes_bit_equal(run: Path) -> None:
+def test_killed_at_every_fifth_file_operation_resumes_bit_equal(run: Path, undisturbed: Make) -> None:
     """SIGKILL in the middle of the k-th write, or just before the k-th fsync or rename, of everything a run leaves."""
-    expected = undisturbed(run)
+    expected = undisturbed()
     resumed = 0
     for k in range(1, 199, 5):
-        path, err = run.with_name(f"run{k}"), run.with_name("err")
-        argv = [*tiny(), "--runs-dir", str(path.parent), "--run-name", path.name]
-        code = forked(argv, lambda k=k: die_at(k), err)
+        path = run.with_name(f"run{k}")
+        code, err = Fork(path, patch=lambda k=k: die_at(k)).finish()
         if code == 0:
             break
-        assert code == -signal.SIGKILL, err.read_text()
+        assert code == -signal.SIGKILL, err
         if not any((path / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
             assert k <= 12, "no checkpoint"  # args.json, the logs and the first checkpoint are not yet written
             continue
-        assert ppo_vec.main(["--resume", str(path)]) == 0
+        assert resume(path) == 0
         assert_same(path, expected)
         resumed += 1
     assert resumed >= 10
 
 
-def die_at(k: int) -> None:
-    """Lets the k-th write, fsync or rename of the trainer kill it."""
-    calls, real_open = [0], open
+def watch_files(set_attribute: Callable[..., Any], event: Callable[..., None]) -> None:
+    """Lets `event` happen before each open, write, fsync and rename of ppo_vec: event(way, path, file, data)."""
+    open_regular, fsync, replace = ppo_vec.open_regular, os.fsync, os.replace
 
-    def due() -> bool:
-        calls[0] += 1
-        return calls[0] == k
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: die() if due() else real(*args)
-
-    def deadly_open(*args: Any) -> Any:
-        file = real_open(*args)
-        if args[1] == "rb":
-            return file
+    def open_watched(path: Path, mode: str) -> Any:
+        if mode != "rb":
+            event("open", path)
+        file = open_regular(path, mode)
         write = file.write
-
-        def half(data: bytes) -> int:
-            if due():
-                write(data[: len(data) // 2])
-                file.flush()
-                die()
-            return write(data)
-
-        file.write = half
+        file.write = lambda data: (event("write", path, file, data), write(data))[1]
         return file
 
-    ppo_vec.open = deadly_open
-    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-    ppo_vec.Run.save_now_and_then = ppo_vec.Run.save
+    set_attribute(ppo_vec, "open_regular", open_watched)
+    set_attribute(os, "fsync", lambda fd: (event("fsync", os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    set_attribute(os, "replace", lambda old, new: (event("rename", new), replace(old, new)))
 
 
-def test_write_file_reaches_the_disk_before_it_replaces(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def die_at(k: int) -> None:
+    """Lets the k-th write, fsync or rename of the trainer kill it."""
+    calls = itertools.count(1)
+
+    def event(way: str, path: Any, file: Any = None, data: bytes = b"") -> None:
+        if way != "open" and next(calls) == k:
+            if file:
+                type(file).write(file, data[: len(data) // 2])
+                file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    watch_files(setattr, event)
+    ppo_vec.should_save = lambda state: True
+
+
+def test_write_file_reaches_the_disk_before_it_replaces(run: Path, monkeypatch: Patch) -> None:
     """Against a power cut: the bytes before the rename, the rename before whatever follows."""
     run.mkdir()
     calls: list[tuple[str, str]] = []
-    fsync, replace = os.fsync, os.replace
-
-    def sync(descriptor: int) -> None:
-        fsync(descriptor)
-        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
-
-    def rename(old: Path, new: Path) -> None:
-        calls.append(("rename", Path(new).name))
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(os, "replace", rename)
+    watch_files(monkeypatch.setattr, lambda way, path, *_: calls.append((way, Path(path).name)))
     for data in (b"old", b"new"):
         ppo_vec.write_file(run / "file", data, keep=run / "kept")
     temporary = calls[0][1]
     assert temporary not in ("file", "kept")
-    first = [("sync", temporary), ("rename", "file"), ("sync", run.name)]
-    assert calls == [*first, first[0], ("rename", "kept"), *first[1:]]
+    start = [(way, temporary) for way in ("open", "write", "fsync")]
+    end = [("rename", "file"), ("fsync", run.name)]
+    assert calls == [*start, *end, *start, ("rename", "kept"), *end]
     assert (run / "file").read_bytes() == b"new"
     assert (run / "kept").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize(
+    ("update_s", "save_s", "every"), [(0.7, 0.0, 3), (10.0, 0.45, 5)], ids=["a quick disk", "a slow disk"]
+)
+def test_a_checkpoint_every_two_seconds_or_a_hundred_times_its_cost(
+    run: Path, monkeypatch: Patch, update_s: float, save_s: float, every: int
+) -> None:
+    """On a clock that only updates and checkpoints move on, and each look at it by a little."""
+    clock, saved, real, update, encode = [0.0], [], ppo_vec.save, ppo_vec.update, ppo_vec.encode
+
+    def tick(seconds: float = 1e-6) -> float:
+        clock[0] += seconds
+        return clock[0]
+
+    def save(folder: Path, *args: Any) -> None:
+        real(folder, *args)
+        saved.append(checked_checkpoint(folder)["global_step"] // 40)
+
+    monkeypatch.setattr(ppo_vec, "save", save)
+    monkeypatch.setattr(ppo_vec, "update", lambda *args: (tick(update_s), update(*args))[1])
+    monkeypatch.setattr(ppo_vec, "encode", lambda tree: (tick(save_s), encode(tree))[1])
+    monkeypatch.setattr(ppo_vec, "should_evaluate", lambda *_: False)
+    monkeypatch.setattr(time, "perf_counter", tick)
+    assert train(run, *tiny("", 880)) == 0
+    assert saved == [*range(0, 22, every), 22, 22]  # before the choice, too
+
+
 def test_workers_end_with_a_killed_trainer(run: Path) -> None:
-    trainer = start(run, "--num-workers", "3", patch=STUCK)
-    trainer.wait_checkpoint(run)
-    trainer.wait_for(lambda: len(trainer.workers()) == 3)
-    trainer.send(signal.SIGKILL)
-    trainer.finish().check(-signal.SIGKILL)
-
-
-def test_workers_end_where_the_kernel_does_not_end_them(run: Path) -> None:
-    trainer = start(run, "--num-workers", "3", patch=f"{STUCK}; ppo_vec.ctypes = None")  # no prctl
-    trainer.wait_checkpoint(run)
-    trainer.wait_for(lambda: len(trainer.workers()) == 3)
-    *others, last = sorted(trainer.workers())
-    os.kill(last, signal.SIGSTOP)  # it holds the pipes of those forked before it: theirs do not close
-    trainer.send(signal.SIGKILL)
+    """Also while one is stopped: it holds the pipes of those forked before it, so that theirs do not close."""
+    mark = run.with_name("mark")
+    fork = Fork(run, *tiny(), "--num-envs", "3", "--num-workers", "3", patch=lambda: stall("update", 200, mark))
+    fork.wait_for(mark)
+    *others, last = sorted(set(fork.group()) - {fork.pid})
+    assert len(others) == 2
+    os.kill(last, signal.SIGSTOP)
+    os.kill(fork.pid, signal.SIGKILL)
     end = time.monotonic() + SOON
-    while set(others) & set(trainer.marked()) and time.monotonic() < end:
+    while set(others) & set(fork.group()) and time.monotonic() < end:
         time.sleep(0.05)
-    left = trainer.marked()
+    left = fork.group()
     os.kill(last, signal.SIGCONT)
-    trainer.finish().check(-signal.SIGKILL)
+    code, err = fork.finish()
+    assert code == -signal.SIGKILL
+    assert "Traceback" not in err
     assert left == [last]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Signals
-# ----------------------------------------------------------------------------------------------------------------------
+def stall(name: str, seconds: float, mark: Path, when: Callable[..., Any] = lambda *_, **__: True) -> None:
+    """Lets calls of a function of ppo_vec make the file `mark` and wait."""
+    real = getattr(ppo_vec, name)
+
+    def wrapper(*args: Any, **options: Any) -> Any:
+        if when(*args, **options):
+            mark.touch()
+            time.sleep(seconds)
+        return real(*args, **options)
+
+    setattr(ppo_vec, name, wrapper)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# ---- Signals ---------------------------------------------------------------------------------------------------------
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_first_signal_saves_and_exits(reference: faults.Reference, run: Path, number: int, code: int) -> None:
     trainer = start(run, patch=SLOW, start_new_session=True)
-    trainer.wait_checkpoint(run)
-    time.sleep(0.5)
-    before = ppo_vec.decode((run / "checkpoint.pt").read_bytes())["global_step"]
-    trainer.started = time.monotonic()
+    trainer.wait_moment(run, 3, 0.0)
     os.killpg(trainer.pid, number)  # as a terminal does: the workers get it, too
     result = trainer.finish().check(code)
-    assert result.seconds < SOON
-    assert f"--resume {run}" in result.err
+    assert result.err.splitlines()[-1] == f"stopped by {signal.Signals(number).name}; continue with: --resume {run}"
     assert "starting new workers" not in result.err
     stopped = checked_checkpoint(run)
-    assert before < stopped["global_step"] < 4000
-    Trainer(*faults.resume_args(run)).finish().check()
+    assert 3 * 256 <= stopped["global_step"] < 4000
+    assert stopped["global_step"] == 256 * faults.logged_iterations(run)
+    assert resume(run) == 0
     assert_same(run, reference.state)
 
 
-def test_signal_in_a_long_iteration_gives_it_up(run: Path, reference: faults.Reference) -> None:
-    trainer = start(run, patch=STUCK)
-    trainer.wait_checkpoint(run)
-    trainer.wait_for(trainer.workers)
-    time.sleep(0.5)
-    trainer.send(signal.SIGTERM)
-    result = trainer.finish().check(143)
-    assert result.seconds < SOON
-    Trainer(*faults.resume_args(run)).finish().check()
-    assert_same(run, reference.state)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_second_signal_exits_at_once(run: Path, number: int, code: int) -> None:
-    trainer = start(run, patch=f"{STUCK}; {NO_ALARM}")
-    trainer.wait_checkpoint(run)
-    trainer.wait_for(trainer.workers)
-    time.sleep(0.3)
-    trainer.send(number)
-    time.sleep(0.3)
-    assert trainer.running
-    trainer.send(number)
-    result = trainer.finish().check(code)
-    assert result.seconds < SOON
-    checked_checkpoint(run)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Workers fail
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_killed_worker_while_training(reference: faults.Reference, run: Path) -> None:
-    for attempt in range(3):
-        if faults.disturb_worker(signal.SIGKILL, reference, run.with_name(f"run{attempt}"), random.Random(attempt)):
-            return
-    pytest.fail("the run ended before the fault, three times")
-
-
-@pytest.mark.parametrize(("number", "args"), [(signal.SIGKILL, ()), (signal.SIGSTOP, ("--worker-timeout", "5"))])
-def test_killed_or_stopped_worker_in_evaluation(
-    reference: faults.Reference, run: Path, number: int, args: tuple[str, ...]
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("second", [False, True], ids=["a long iteration", "a second signal"])
+def test_a_run_that_does_not_end_by_itself_is_ended(
+    run: Path, undisturbed: Make, number: int, code: int, second: bool
 ) -> None:
-    mark = run.with_name("evaluating")
-    patch = f"""real = ppo_vec.VecEnv.evaluate
-def evaluate(*args, **options):
-    open({str(mark)!r}, "w").close()
-    return real(*args, **options)
-ppo_vec.VecEnv.evaluate = evaluate"""
-    trainer = start(run, *args, patch=patch)
-    assert trainer.wait_for(mark.exists)
-    time.sleep(0.02)
-    assert trainer.signal_worker(number, random.Random(0))
-    if number == signal.SIGKILL:
-        assert trainer.wait_for(lambda: "was ended by signal 9" in trainer.stderr())
-        trainer.wait_for(lambda: not trainer.zombies())
-    result = trainer.finish().check()
-    assert re.search(r"warning: worker \d (was ended by signal 9|took no step for 5 s); starting new", result.err)
-    assert_same(run, reference.state)
-    assert json.loads((run / "summary.json").read_text())["worker_restarts"] >= 1
+    expected, mark = undisturbed(), run.with_name("mark")
 
+    def patch() -> None:
+        stall("update", 200, mark, lambda state, *_: state.global_step == 120)
+        if second:
+            ppo_vec.GRACE = 100.0
 
-def before_rollout(monkeypatch: pytest.MonkeyPatch, action: Callable[[ppo_vec.VecEnv], None], which: int) -> None:
-    """Lets `action` happen before the rollout number `which`."""
-    real, count = ppo_vec.VecEnv.rollout, [0]
-
-    def rollout(envs: ppo_vec.VecEnv, *args: Any) -> Any:
-        count[0] += 1
-        if count[0] == which:
-            action(envs)
-        return real(envs, *args)
-
-    monkeypatch.setattr(ppo_vec.VecEnv, "rollout", rollout)
-
-
-@pytest.mark.parametrize("which", [2, 3], ids=["at an episode's end", "in an episode"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_lost_worker_between_rollouts(run: Path, monkeypatch: pytest.MonkeyPatch, number: int, which: int) -> None:
-    args = (*tiny(), "--worker-timeout", "5")
-    expected = undisturbed(run, *args)
-    before_rollout(monkeypatch, lambda envs: os.kill(envs.workers.processes[1].pid, number), which)
-    assert train(run, *args) == 0
+    fork = Fork(run, patch=patch)
+    fork.wait_for(mark)
+    began = time.monotonic()
+    os.kill(fork.pid, number)
+    if second:
+        time.sleep(0.5)
+        assert fork.process.is_alive()
+        os.kill(fork.pid, number)
+    result, err = fork.finish()
+    assert result == code, err
+    assert (0.5 if second else ppo_vec.GRACE) < time.monotonic() - began < ppo_vec.GRACE + 15
+    assert err.splitlines()[-1] == f"stopped by {signal.Signals(number).name}; continue with: --resume {run}"
+    assert checked_checkpoint(run)["global_step"] < 120
+    assert resume(run) == 0
     assert_same(run, expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_lost_worker_while_starting(run: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    args = (*tiny(), "--worker-timeout", "5")
-    expected = undisturbed(run, *args)
-    real, trainer, once = ppo_vec.Block.__init__, os.getpid(), run.with_name("once")
+# What a run does at its end: a function, and which calls of it are meant.
+ENDING: dict[str, tuple[str, Callable[..., Any]]] = {
+    "choice": ("play", lambda *args, **how: args[4] == 2),
+    "test": ("play", lambda *args, **how: how.get("published")),
+    "video": ("record_video", lambda *_: True),
+    "last checkpoint": ("save", lambda folder, state, log: state.finished),
+    "picture": ("plot_learning_curve", lambda *_: True),
+}
 
-    def init(block: ppo_vec.Block, *args: Any) -> None:
-        if os.getpid() != trainer and not once.exists():
+
+@pytest.mark.parametrize("ends", [True, False], ids=["in time", "too late"])
+@pytest.mark.parametrize("phase", ENDING)
+def test_signal_at_the_end_of_a_run(run: Path, undisturbed: Make, phase: str, ends: bool) -> None:
+    """Exit code, checkpoint and summary agree, whether the run is finished when it ends."""
+    args, mark = (*tiny("film"), "--capture-video"), run.with_name("mark")
+    expected = undisturbed(*args)
+
+    def patch() -> None:
+        ppo_vec.GRACE = 60.0 if ends else 1.0
+        name, when = ENDING[phase]
+        stall(name, 0.3 if ends else 3, mark, when)
+
+    fork = Fork(run, *args, patch=patch)
+    fork.wait_for(mark)
+    os.kill(fork.pid, signal.SIGTERM)
+    code, err = fork.finish()
+    assert "Traceback" not in err
+    finished = ends or phase in ("last checkpoint", "picture")  # all is done but to write it down
+    assert code == (0 if finished else 143), err
+    checkpoint = checked_checkpoint(run)
+    assert (checkpoint["finished"], checkpoint["global_step"]) == (finished, 120)
+    assert json.loads((run / "summary.json").read_text())["finished"] == finished
+    assert resume(run, "--capture-video") == 0
+    assert_same(run, expected)
+    assert (run / "videos" / f"{faults.tiny_id('film')}-seed0.mp4").stat().st_size > 100
+
+
+def test_interrupt_while_spawned_workers_import(run: Path) -> None:
+    """Ctrl-C reaches them, too; they must not print a traceback for each."""
+    patch = 'ppo_vec.sys = ppo_vec.SimpleNamespace(**{**vars(sys), "platform": "darwin"})'
+    args = in_folder(run, (*tiny(), "--env-id", "Pendulum-v1"))
+    trainer = faults.Trainer(*args, patch=patch, start_new_session=True)
+
+    def spawned() -> int:
+        text = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children").read_text()
+        return sum(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in text.split())
+
+    assert trainer.wait_for(lambda: spawned() == 2)
+    time.sleep(0.5)
+    os.killpg(trainer.pid, signal.SIGINT)
+    result = trainer.finish().check(130)
+    assert f"\nstopped by SIGINT; continue with: --resume {run}\n" in result.err
+    assert "starting new workers" not in result.err
+
+
+# ---- Workers fail ----------------------------------------------------------------------------------------------------
+
+
+def lose(monkeypatch: Patch, method: str, number: int, which: int, once: Path) -> None:
+    """Lets the last worker get a signal, once: before its call number `which` of a method, or between two rollouts."""
+    trainer, calls, owner = os.getpid(), itertools.count(1), ppo_vec.Worker
+    if method == "between rollouts":
+        owner, method = ppo_vec.VecEnv, "rollout"
+    real = getattr(owner, method)
+
+    def wrapper(self: Any, *args: Any) -> Any:
+        process = self.workers and self.workers.processes[1] if owner is ppo_vec.VecEnv else None
+        here = process is not None or (os.getpid() != trainer and getattr(self, "index", 0) == 1)
+        if here and next(calls) == which and not once.exists():
             once.touch()
-            os.kill(os.getpid(), number)
-        real(block, *args)
+            os.kill(process.pid if process else os.getpid(), number)
+            if process and number == signal.SIGKILL:
+                process.join()
+        return real(self, *args)
 
-    monkeypatch.setattr(ppo_vec.Block, "__init__", init)
+    monkeypatch.setattr(owner, method, wrapper)
+
+
+WARNING = {signal.SIGKILL: "worker 1 was ended by signal 9", signal.SIGSTOP: "worker 1 took no step for 3 s"}
+MOMENTS = [  # in the midst of an episode: between the first two rollouts; in the choice: play 3; in the test: play 8
+    ("__call__", 1), ("between rollouts", 2), ("step", 35), ("play", 3),
+    ("restore", 1), ("between rollouts", 1), ("play", 1), ("play", 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "method", "which"),
+    [(signal.SIGKILL, *moment) for moment in MOMENTS] + [(signal.SIGSTOP, *moment) for moment in MOMENTS[:4]],
+)
+def test_lost_worker(
+    run: Path, undisturbed: Make, monkeypatch: Patch, capsys: Capture, number: int, method: str, which: int
+) -> None:
+    """While starting, training, between rollouts, and in evaluations."""
+    args = (*tiny("", 480), "--num-envs", "8", "--num-steps", "10", "--eval-episodes", "8", "--worker-timeout", "3")
+    expected, once = undisturbed(*args), run.with_name("once")
+    monkeypatch.setattr(ppo_vec, "STARTING", 3.0)
+    lose(monkeypatch, method, number, which, once)
+    capsys.readouterr()
     assert train(run, *args) == 0
+    assert once.exists()
+    assert re.search(rf"warning: ({WARNING[number]}|a worker .*); starting new workers where", capsys.readouterr().err)
     assert_same(run, expected)
     assert json.loads((run / "summary.json").read_text())["worker_restarts"] >= 1
+
+
+def test_lost_worker_of_walkers(reference: faults.Reference, run: Path, monkeypatch: Patch) -> None:
+    """Their episodes, and practice, are replayed in Box2D."""
+    lose(monkeypatch, "step", signal.SIGKILL, 64 * 12 + 30, run.with_name("once"))
+    assert train(run, *faults.SMALL) == 0
+    assert_same(run, reference.state)
+    assert json.loads((run / "summary.json").read_text())["worker_restarts"] == 1
 
 
 @pytest.mark.parametrize(
     ("fault", "message"), [("raise", "ArithmeticError: the spring broke"), ("exit", "ended with exit code 7")]
 )
-def test_worker_that_always_fails(run: Path, capsys: pytest.CaptureFixture[str], fault: str, message: str) -> None:
+def test_worker_that_always_fails(run: Path, capsys: Capture, fault: str, message: str) -> None:
     assert train(run, *tiny(fault, 1000)) == 1
     err = capsys.readouterr().err
     assert "ppo_vec.py: error: gave up after 3 attempts without progress" in err
@@ -354,273 +443,234 @@ def test_worker_that_always_fails(run: Path, capsys: pytest.CaptureFixture[str],
     assert checked_checkpoint(run)["global_step"] < 1000
 
 
-def test_slow_resets_are_no_hang(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A worker makes and resets many environments in a row, for training and for evaluations; each is progress."""
-    args = (*tiny("slow-reset", 200), "--num-envs", "10", "--num-workers", "1", "--eval-episodes", "5")
-    assert train(run, *args, "--worker-timeout", "3") == 0
+@pytest.mark.parametrize(
+    "args",
+    [
+        (*tiny("slow-reset", 200), "--num-envs", "10", "--eval-episodes", "4", "--worker-timeout", "2"),
+        (*tiny("slow-evaluation", 40), "--eval-episodes", "2", "--worker-timeout", "1.5"),
+    ],
+    ids=["resets", "steps of an evaluation"],
+)
+def test_slow_is_no_hang(run: Path, capsys: Capture, args: tuple[str, ...]) -> None:
+    """A worker makes, resets and steps many environments in a row; each is progress."""
+    assert train(run, *args, "--num-workers", "1", "--swa-share", "0") == 0
     assert "took no step" not in capsys.readouterr().err
 
 
-def test_environment_that_cannot_be_replayed(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_environment_that_cannot_be_replayed(run: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """After a lost worker and on resume its episodes start anew; it says so, and training goes on."""
-    before_rollout(monkeypatch, lambda envs: os.kill(envs.workers.processes[0].pid, signal.SIGKILL), which=3)
-    assert train(run, *tiny("unrepeatable", 150)) == 0
+    lose(monkeypatch, "rollout", signal.SIGKILL, 3, run.with_name("once"))
+    assert train(run, *tiny("unrepeatable", 150), "--num-steps", "15") == 0
     assert "cannot be replayed" in capsys.readouterr().err
-    assert ppo_vec.main(["--resume", str(run), "--total-timesteps", "300"]) == 0
+    assert resume(run, "--total-timesteps", "300") == 0
     assert "cannot be replayed" in capsys.readouterr().err
     state = fingerprint(run)
-    assert state["checkpoint"]["global_step"] >= 300
+    assert state["checkpoint"]["global_step"] == 300
     assert all(length == 20 for _, _, length, _ in state["episodes"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers that go wrong
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Numbers that go wrong -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("fault", "named"),
+    ("args", "named"),
     [
-        ("nan-obs", r"obs\w* of environment [01] at step \d+.*nan"),
-        ("nan-reward", r"rewards? of environment [01] at step \d+.*nan"),
-        ("inf-reward", r"rewards? of environment [01] at step \d+.*inf"),
-        ("nan-in-evaluation", r"evaluation.*nan|nan.*evaluation"),
+        (tiny("nan-obs", 1000), r"obs of environment [01] at step 9 of the rollout are not finite: .*nan"),
+        (tiny("nan-reward", 1000), r"rewards of environment [01] at step 8 of the rollout are not finite: nan"),
+        (tiny("inf-reward", 1000), r"rewards of environment [01] at step 8 of the rollout are not finite: inf"),
+        (tiny("nan-in-evaluation", 1000), r"the return of the evaluation episode with seed \d+ is nan"),
+        (
+            (*tiny("", 1000), "--learning-rate", "3e38", "--num-minibatches", "1"),
+            r"actions of environment \d at step 0 of the rollout .*(nan|inf)",
+        ),
+        ((*tiny(), "--critic-learning-rate", "1e30"), r"losses/value_loss\w* is (nan|inf)"),
     ],
+    ids=["obs", "reward", "infinite reward", "evaluation", "actor", "critic"],
 )
-def test_number_from_an_environment_is_named(
-    run: Path, capsys: pytest.CaptureFixture[str], fault: str, named: str
-) -> None:
-    assert train(run, *tiny(fault, 1000)) == 1
+def test_a_number_is_named(run: Path, capsys: Capture, args: tuple[str, ...], named: str) -> None:
+    assert train(run, *args) == 1
     err = capsys.readouterr().err
-    assert re.fullmatch(rf"ppo_vec\.py: error: .*({named}).*", err.splitlines()[-1]), err
+    assert re.fullmatch(rf"ppo_vec\.py: error: {named}.*", err.splitlines()[-1]), err
     assert "Traceback" not in err
     checked_checkpoint(run)
+
+
+# ---- Full disks ------------------------------------------------------------------------------------------------------
+
+
+def fill_disk(patches: Patch, name: str, way: str, after: int, code: int) -> list[Any]:
+    """From the n-th time on that a file whose name contains `name` is written in this way, its disk is full.
+
+    Gives the list of what is refused then.
+    """
+    count, refused = itertools.count(-after), []
+
+    def event(now: str, path: Any, file: Any = None, data: bytes = b"") -> None:
+        if now == way and name in Path(path).name and next(count) >= 0:
+            refused.append(path)
+            if file is None:
+                raise OSError(code, os.strerror(code), str(path))
+            full = os.open("/dev/full", os.O_WRONLY)  # the kernel's own error, from now on
+            os.dup2(full, file.fileno())
+            os.close(full)
+
+    watch_files(patches.setattr, event)
+    return refused
 
 
 @pytest.mark.parametrize(
-    ("argv", "named"),
-    [("--learning-rate 1e18", r"actions of environment \d"), ("--vf-coef 1e38", r"losses/value_grad_norm is")],
-)
-def test_number_from_training_is_named(run: Path, capsys: pytest.CaptureFixture[str], argv: str, named: str) -> None:
-    assert train(run, *tiny("", 1000), *argv.split()) == 1
+    ("name", "way", "after"),
+    [
+        ("checkpoint.pt", "write", 3), ("checkpoint.pt", "fsync", 2), ("checkpoint.pt", "rename", 4),
+        ("checkpoint.previous", "rename", 1), ("checkpoint.pt", "open", 1), ("events", "write", 9),
+        ("events", "fsync", 2), ("episodes.csv", "write", 3), ("best.pt", "write", 0), ("best.pt", "rename", 1),
+        ("summary.json", "write", 0), ("summary.json", "rename", 1), ("evaluation.csv", "fsync", 0),
+        ("learning_curve.png", "write", 0), (".mp4", "rename", 0), ("args.json", "write", 0),
+    ],
+)  # fmt: skip
+def test_full_disk(
+    run: Path, undisturbed: Make, monkeypatch: Patch, capsys: Capture, name: str, way: str, after: int
+) -> None:
+    """The run ends with one line and exit code 1; with space again, --resume loses nothing."""
+    args, film = (*tiny("film", 200), "--capture-video"), ["--capture-video"]
+    expected = undisturbed(*args)
+    if name == "args.json":  # it is written first: here by --resume
+        with monkeypatch.context() as patches:
+            patches.setattr(ppo_vec, "should_save", lambda state: signal.raise_signal(signal.SIGTERM))
+            assert train(run, *args) == 143
+    code = errno.EROFS if way == "open" else errno.ENOSPC
+    capsys.readouterr()
+    with monkeypatch.context() as patches:
+        patches.setattr(ppo_vec, "should_save", lambda state: True)
+        patches.setattr(ppo_vec, "plot_learning_curve", PLOT)
+        refused = fill_disk(patches, name, way, after, code)
+        assert (resume(run, *film) if name == "args.json" else train(run, *args)) == 1
+    assert refused
     err = capsys.readouterr().err
-    assert re.search(rf"ppo_vec\.py: error: .*{named}.*(nan|inf)", err), err
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert errors == err.splitlines()[-1:], err
+    path = rf"{run}/\S*{name.split('.prev')[0]}\S*"
+    assert re.fullmatch(rf"ppo_vec\.py: error: cannot write {path}: .*{os.strerror(code)}.*", errors[0])
     assert "Traceback" not in err
     checked_checkpoint(run)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Full disks
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Disk:
-    """Makes ppo_vec's open() for writing and renames below a folder fail while `full`."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
-        self.full, self.refused = False, 0
-
-        def guard(real: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapper(path: Any, *args: Any, **options: Any) -> Any:
-                writing = real is os.replace or (args and args[0] != "rb")
-                if self.full and writing and str(path).startswith(str(folder)):
-                    self.refused += 1
-                    raise OSError(error, os.strerror(error), str(path))
-                return real(path, *args, **options)
-
-            return wrapper
-
-        monkeypatch.setattr(ppo_vec, "open", guard(open), raising=False)
-        monkeypatch.setattr(os, "replace", guard(os.replace))
-
-
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
-def test_full_disk_for_a_while(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: int
-) -> None:
-    """Warns once of each file, goes on, and in the end nothing is missing."""
-    monkeypatch.setattr(ppo_vec.Run, "save_now_and_then", ppo_vec.Run.save)
-    expected = undisturbed(run, *tiny("", 400))
-    capsys.readouterr()
-    disk = Disk(run, monkeypatch, error)
-
-    def fill(envs: ppo_vec.VecEnv) -> None:
-        disk.full = True
-
-    def free(envs: ppo_vec.VecEnv) -> None:
-        disk.full = False
-
-    before_rollout(monkeypatch, fill, which=3)
-    before_rollout(monkeypatch, free, which=9)
-    assert train(run, *tiny("", 400)) == 0
-    assert disk.refused > 10
-    err = capsys.readouterr().err
-    assert os.strerror(error) in err
-    assert 1 <= err.count(f"cannot write {run / 'episodes.csv'}") <= 1, err
-    assert len(re.findall("cannot write .*tfevents", err)) == 1, err
-    assert "again" in err
+    monkeypatch.setattr(ppo_vec, "plot_learning_curve", PLOT)
+    assert resume(run, *film) == 0
     assert_same(run, expected)
+    assert (run / "learning_curve.png").stat().st_size > 1000
+    assert not [path for path in run.glob("**/*.tmp*") if path.suffix != ".lock"]
 
 
-@pytest.mark.parametrize("name", ["rank_candidates", "Run.write_summary"])
-def test_full_disk_for_results(run: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """best.pt and summary.json are written at evaluations only; one that failed is made good for later."""
-    expected = undisturbed(run)
-    disk = Disk(run, monkeypatch, errno.ENOSPC)
-    owner = ppo_vec.Run if "." in name else ppo_vec
-    real = getattr(owner, name.split(".")[-1])
-
-    def on_full_disk(*args: Any) -> None:
-        disk.full = True
-        real(*args)
-        disk.full = False
-
-    monkeypatch.setattr(owner, name.split(".")[-1], on_full_disk)
-    assert train(run, *tiny()) == 0
-    assert disk.refused
-    assert_same(run, expected)
-
-
-def test_a_log_that_a_full_disk_has_cut_off(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The picture is missed, with a warning; it must not take the place of the error or exit code of the run."""
+def test_full_disk_before_the_first_checkpoint(run: Path, undisturbed: Make, monkeypatch: Patch) -> None:
+    """There is nothing to resume; the same command starts the run."""
+    with monkeypatch.context() as patches:
+        fill_disk(patches, "checkpoint.pt", "write", 0, errno.ENOSPC)
+        assert train(run) == 1
     assert train(run) == 0
-    log = run / "episodes.csv"
-    log.write_bytes(log.read_bytes()[:-9])
-    stub = SimpleNamespace(path=run, task=SimpleNamespace(goal=None))
-    WRITE_CURVE(stub)
-    assert "cannot write learning_curve.png" in capsys.readouterr().err
-
-
-def test_full_disk_to_the_end_is_an_error(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A training whose result could not be written has not succeeded."""
-    disk = Disk(run, monkeypatch, errno.ENOSPC)
-    before_rollout(monkeypatch, lambda envs: setattr(disk, "full", True), which=3)
-    assert train(run, *tiny()) == 1
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("ppo_vec.py: error: ")
-    assert checked_checkpoint(run)["global_step"] < 100
+    assert_same(run, undisturbed())
 
 
 @pytest.mark.parametrize("limit", [5_000, 1], ids=["checkpoints only", "everything, stderr too"])
-def test_file_size_limit_of_the_kernel(run: Path, limit: int) -> None:
+def test_file_size_limit_of_the_kernel(run: Path, undisturbed: Make, limit: int) -> None:
     """A real error in the middle of a write, of every file that grows past `limit` bytes: partial writes included."""
-    trainer = Trainer(
-        *tiny("", 800), "--runs-dir", str(run.parent), "--run-name", run.name, patch=f"{EAGER}\n{SLOW}"
-    )  # fmt: skip
-    trainer.wait_checkpoint(run)
-    trainer.wait_for(lambda: len(trainer.workers()) == 2)  # to start them takes a semaphore: a file, too
-    _, hard = resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (limit, hard))
+
+    def update(state: ppo_vec.State, *args: Any) -> Any:
+        if state.global_step == 120:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return real(state, *args)
+
+    def patch() -> None:
+        ppo_vec.update, ppo_vec.should_save = update, lambda state: True
+
+    real = ppo_vec.update
+    code, err = Fork(run, *tiny("", 400), patch=patch).finish()
+    assert code == 1
     if limit > 1:
-        trainer.wait_for(lambda: "cannot write a checkpoint" in trainer.stderr())
-    else:
-        time.sleep(1)  # of 3 or more: the evaluation at the end takes semaphores, too
-    resource.prlimit(trainer.pid, resource.RLIMIT_FSIZE, (hard, hard))
-    result = trainer.finish().check()
-    if limit > 1:
-        assert result.err.count("cannot write a checkpoint") == 1, result.err
-        assert "checkpoints can be written again" in result.err
-    assert_same(run, undisturbed(run, *tiny("", 800)))
+        line = f"ppo_vec.py: error: cannot write {run}/checkpoint.pt: File too large; mend that, and --resume {run} "
+        assert err.splitlines()[-1].startswith(line), err
+        assert "Traceback" not in err
+    assert checked_checkpoint(run)["global_step"] == 80
+    assert resume(run) == 0
+    assert_same(run, undisturbed(*tiny("", 400)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Broken checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
+def test_a_log_that_is_cut_off(run: Path, monkeypatch: Patch) -> None:
+    """As by a crash of the system, on a disk that does not do what fsync asks for: no reason for a traceback."""
+    with monkeypatch.context() as patches:
+        patches.setattr(ppo_vec, "should_save", lambda state: signal.raise_signal(signal.SIGTERM))
+        assert train(run) == 143
+    log = run / "episodes.csv"
+    log.write_bytes(log.read_bytes()[:-9])
+    monkeypatch.setattr(ppo_vec, "plot_learning_curve", PLOT)
+    assert resume(run) == 0
+    assert checked_checkpoint(run)["finished"]
+
+
+# ---- Broken checkpoints ----------------------------------------------------------------------------------------------
 
 
 def test_broken_checkpoints() -> None:
-    result = faults.isolated(faults.fuzz, 120, 0)
+    result = faults.isolated(faults.fuzz, 144, 0)
     assert not result["problems"], "\n\n".join(result["problems"][:5])
-    assert len(result["tried"]) == 10
+    assert len(result["tried"]) == 12
 
 
 @pytest.mark.parametrize(
-    "path", ["optimizers", "evaluations", "candidates", "recent", "envs/actions"], ids=lambda path: path.split("/")[-1]
-)
-@pytest.mark.parametrize("value", [[], (), {}, None, torch.zeros(()), torch.zeros(3)], ids=str)
-def test_a_list_that_is_none_or_too_short_is_refused(recwarn: pytest.WarningsRecorder, path: str, value: Any) -> None:
+    "path",
+    [
+        "optimizers", "evaluations", "evaluations/0", "evaluations/0/mean", "evaluations/0/min", "candidates",
+        "envs/actions", "envs/memory", "solved_at_step", "solved_at_s",
+    ],
+)  # fmt: skip
+def test_an_entry_of_another_kind_is_refused(path: str) -> None:
     """With a right digest: a file made by hand. An empty list is right where entries are added as a run goes on."""
-    args = ppo_vec.Args(env_id="Pendulum-v1", num_envs=2, actor_hidden_sizes=(4,), critic_hidden_sizes=(4,))
-    state = ppo_vec.State(args, ppo_vec.Task.of(args), torch.device("cpu"))
-    state.log_sizes = {"events": 0, "episodes": 0}
-    tree = ppo_vec.decode(ppo_vec.encode(state.state_dict()))
-    state.load(tree)
-    *parents, name = path.split("/")
-    into = tree
-    for parent in parents:
-        into = into[parent]
-    into[name] = value
-    if value == [] and name in ("evaluations", "candidates", "recent"):
-        state.load(tree)
-    else:
-        with pytest.raises(ppo_vec.UserError, match="the checkpoint does not fit"):
+    args = ppo_vec.Options(practice=0.5, num_envs=2, actor_hidden_sizes=(4,), critic_hidden_sizes=(4,))
+    state = ppo_vec.State(args, ppo_vec.make_task(args), torch.device("cpu"))
+    state.evaluations = [{"global_step": 9, "time_s": 9.0, **ppo_vec.summarize([(1.0, 9, False)], 300)}]
+    data = ppo_vec.encode(state.state_dict())
+    keys = tuple(int(key) if key.isdigit() else key for key in path.split("/"))
+    for value in ([], (), {}, None, torch.zeros(()), torch.zeros(3)):
+        tree = faults.replaced(ppo_vec.decode(data), keys, value)
+        if (value == [] and path in ("evaluations", "candidates")) or (value is None and path.startswith("solved")):
             state.load(tree)
-    assert not recwarn.list
-
-
-def test_a_worker_whose_trainer_has_gone_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    """The kernel kills a worker with its trainer; but the pipe breaks first, and a worker may get to notice."""
-    context = multiprocessing.get_context("fork")
-    for send in (False, True):
-        ours, theirs = context.Pipe()
-        block = functools.partial(gym.make, "Pendulum-v1")
-        process = context.Process(
-            target=ppo_vec.serve,
-            args=(0, block, theirs, ours, None, context.Queue(), AutoresetMode.DISABLED, None),
-        )
-        process.start()
-        theirs.close()
-        if send:
-            ours.send(("reset", {}))
-        ours.close()
-        process.join(30)
-        assert process.exitcode == 1
-    assert capfd.readouterr().err == ""
+        else:
+            with pytest.raises(ppo_vec.UserError, match="the checkpoint does not fit"):
+                state.load(tree)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
-def test_damaged_newest_checkpoint(run: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+def test_damaged_newest_checkpoint(
+    run: Path, undisturbed: Make, monkeypatch: Patch, capsys: Capture, damage: str
+) -> None:
     """The previous one is used, with a warning, and remains until a good one has taken its place."""
-    kept: list[bytes] = []
-    with faults.replaced_attribute(ppo_vec.Run, "save_now_and_then", ppo_vec.Run.save):
-        assert train(run.with_name("whole")) == 0
-    expected = fingerprint(run.with_name("whole"))
-    real = ppo_vec.Run.save
+    expected, older = undisturbed(*tiny("", 200)), []
+    newest, previous = run / "checkpoint.pt", run / "checkpoint.previous.pt"
 
-    def stop_after_four(run: ppo_vec.Run) -> None:
-        real(run)
-        kept.append((run.path / "checkpoint.pt").read_bytes())
-        if len(kept) == 4:
-            run.stopped = signal.SIGTERM
+    def stop(state: ppo_vec.State) -> bool:
+        if state.global_step == 120:
+            older.append(newest.read_bytes())
+            signal.raise_signal(signal.SIGTERM)
+        return True
 
-    with (
-        faults.replaced_attribute(ppo_vec.Run, "save_now_and_then", stop_after_four),
-        faults.replaced_attribute(ppo_vec.Run, "save", stop_after_four),
-    ):
-        assert train(run) == 143
-    newest = run / "checkpoint.pt"
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1
+    monkeypatch.setattr(ppo_vec, "should_save", stop)
+    assert train(run, *tiny("", 200)) == 143
     whole = newest.read_bytes()
-    newest.write_bytes({"truncated": whole[:-1], "flipped": bytes(data), "empty": b""}.get(damage, b""))
+    previous.write_bytes(older[0])
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    newest.write_bytes({"truncated": whole[:-1], "flipped": bytes(flipped)}.get(damage, b""))
     if damage == "missing":
         newest.unlink()
+    real, saves = ppo_vec.save, []
+
+    def save(*args: Any) -> None:
+        real(*args)
+        saves.append([ppo_vec.decode(path.read_bytes())["global_step"] for path in (previous, newest)])
+
+    monkeypatch.setattr(ppo_vec, "save", save)
+    monkeypatch.setattr(ppo_vec, "should_save", lambda state: True)
     capsys.readouterr()
-
-    def safe(run: ppo_vec.Run) -> None:
-        real(run)
-        ppo_vec.decode((run.path / "checkpoint.pt").read_bytes())
-        if damage != "missing":
-            ppo_vec.decode((run.path / "checkpoint.previous.pt").read_bytes())
-
-    with faults.replaced_attribute(ppo_vec.Run, "save", safe):
-        assert ppo_vec.main(["--resume", str(run)]) == 0
+    assert resume(run) == 0
     err = capsys.readouterr().err
-    assert damage == "missing" or f"warning: {newest} is" in err
-    assert damage == "missing" or "using checkpoint.previous.pt" in err
+    assert damage == "missing" or re.search(rf"warning: {newest} is .*; using checkpoint.previous.pt\n", err)
+    assert saves[:3] == [[80, 80], [80, 120], [120, 160]]
     assert_same(run, expected)

@@ -6,6 +6,7 @@ its contacts, over resets.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -21,10 +22,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.box2d import bipedal_walker as stock
-from gymnasium.wrappers import TimeLimit
 
 import ppo_vec
-from ppo_vec import WALKERS, Args, FastWalker, FreshWalker, Rollout, State, Task, VecEnv, collect, update
+from ppo_vec import WALKERS, Options, State, VecEnv, Walker, collect, make_env, make_task, step_walkers, update
 
 NORMAL, HARDCORE = WALKERS
 STANDING = np.array([-1.0, -1.0, 1.0, 1.0])  # both legs against their stops: stands until the time limit
@@ -102,51 +102,48 @@ def step_singly(walkers: list[gym.Env], actions: np.ndarray) -> zip:
     return zip(*(walker.step(action)[:4] for walker, action in zip(walkers, actions)))
 
 
+FLOAT32, FLOAT64 = np.float32, np.float64
+
+
 @pytest.mark.parametrize("env_id", WALKERS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_block_equals_the_published_environments(env_id: str, dtype: type) -> None:
-    limit = gym.spec(env_id).max_episode_steps
-    walks = [Walk(env_id, 1000 * i, dtype, standing=i == 0) for i in range(6)]
-    walkers = [FastWalker(WALKERS[env_id], limit) for _ in walks]
-    counts = compare(walks, walkers, ppo_vec.step_walkers, 20_000 if dtype == np.float32 else 14_000)
-    assert counts["falls"] >= 10
+@pytest.mark.parametrize(
+    ("fast", "step", "dtypes", "steps"),
+    [
+        pytest.param(True, step_walkers, [FLOAT32] * 6, 20_000, id="fast, together, float32"),
+        pytest.param(True, step_walkers, [FLOAT64] * 6, 14_000, id="fast, together, float64"),
+        pytest.param(True, step_singly, [FLOAT32, FLOAT64, FLOAT32], 6000, id="fast, one by one"),
+        pytest.param(False, step_singly, [FLOAT32, FLOAT64, FLOAT32], 6000, id="in a fresh world"),
+    ],
+)
+def test_walkers_equal_the_published_environments(
+    env_id: str, fast: bool, step: Callable, dtypes: list[type], steps: int
+) -> None:
+    walks = [Walk(env_id, 1000 * i, dtype, standing=i == 0) for i, dtype in enumerate(dtypes)]
+    walkers = [make_env(Options(env_id=env_id), fast) for _ in walks]
+    for walker in walkers:
+        walker.reset(seed=77)  # a walker that has been used is as good as a new one
+    counts = compare(walks, walkers, step, steps)
+    assert counts["falls"] >= steps / 2000
     assert counts["limits"] >= 1
     assert counts["walking"] >= 0.3 * counts["steps"]
     assert counts["hits"] >= 4 * counts["steps"]
 
 
-@pytest.mark.parametrize("env_id", WALKERS)
-@pytest.mark.parametrize("kind", ["fast, one by one", "stock in a fresh world"])
-def test_single_walkers_equal_the_published_environment(env_id: str, kind: str) -> None:
-    hardcore, limit = WALKERS[env_id], gym.spec(env_id).max_episode_steps
-    fast = kind.startswith("fast")
-    walkers = [
-        FastWalker(hardcore, limit) if fast else TimeLimit(FreshWalker(hardcore=hardcore), limit) for _ in range(3)
-    ]
-    dtypes = np.float32, np.float64, np.float32
-    walks = [Walk(env_id, 500 + 1000 * i, dtype, standing=i == 0) for i, dtype in enumerate(dtypes)]
-    for walker in walkers:
-        walker.reset(seed=77)  # a walker that has been used is as good as a new one
-    counts = compare(walks, walkers, step_singly, 6000)
-    assert counts["falls"] >= 3
-    assert counts["limits"] >= 1
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
 def test_the_finish_line(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terrain of 40 points instead of 200, whose end the rays can see."""
     monkeypatch.setattr(stock, "TERRAIN_LENGTH", 40)
     monkeypatch.setattr(ppo_vec, "FINISH", (40 - stock.TERRAIN_GRASS) * stock.TERRAIN_STEP)
     walks = [Walk(NORMAL, 1000 * i, dtype, standing=False) for i in range(3)]
-    counts = compare(walks, [FastWalker(False, 1600) for _ in walks], ppo_vec.step_walkers, 2000)
+    counts = compare(walks, [Walker(True, 1600) for _ in walks], step_walkers, 2000)
     assert counts["finishes"] >= 1
 
 
 @pytest.mark.parametrize("action", [[1, 0, -1, 1], [0, 0, 0, 0], [-0.0, 0.0, -0.0, 0.0], [2, -3, 0.5, -0.5]])
 def test_unusual_actions(action: list[float]) -> None:
-    published, fast = gym.make(NORMAL, disable_env_checker=True).unwrapped, FastWalker(False, 1600)
-    for given in (action, np.array(action), np.array(action, np.float32)):
-        published.__init__()
+    fast = Walker(True, 1600)
+    for given in (action, np.array(action), np.array(action, FLOAT32)):
+        published = make_env(Options(env_id=NORMAL), published=True).unwrapped
         published.reset(seed=1), fast.reset(seed=1)
         for _ in range(20):
             expected, got = published.step(given), fast.step(given)
@@ -167,7 +164,7 @@ class Ray(Box2D.b2RayCastCallback):
 def test_the_lidar_equals_box2d_anywhere_on_the_terrain(env_id: str) -> None:
     """Also where no policy of ours goes: before the start, past the finish, in pits, inside stumps and below ground."""
     rng, ray, hits = np.random.default_rng(0), Ray(), 0
-    walkers = [FastWalker(WALKERS[env_id], 1600) for _ in range(8)]
+    walkers = [make_env(Options(env_id=env_id), fast=True) for _ in range(8)]
     for seed, walker in enumerate(walkers):
         walker.reset(seed=seed)
     for _ in range(60):
@@ -196,7 +193,10 @@ def test_the_lidar_equals_box2d_anywhere_on_the_terrain(env_id: str) -> None:
 
 @pytest.mark.parametrize("env_id", WALKERS)
 def test_the_self_check_accepts_this_machine(env_id: str) -> None:
-    assert ppo_vec.fast_walker_agrees(env_id)
+    assert ppo_vec.fast_walker_agrees(Options(env_id=env_id))
+    assert make_task(Options(env_id=env_id)).fast
+    # The test of a policy is on Gymnasium's own.
+    assert not make_task(Options(env_id=env_id, evaluate="somewhere")).fast
 
 
 def last_bit_wrong(cast_rays: Callable) -> Callable:
@@ -222,7 +222,7 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_self_check_sees_a_last_bit(env_id: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppo_vec, broken, BROKEN[broken])
-    assert not ppo_vec.fast_walker_agrees(env_id)
+    assert not ppo_vec.fast_walker_agrees(Options(env_id=env_id))
 
 
 def test_training_steps_aside_with_a_warning(
@@ -238,39 +238,37 @@ def test_training_steps_aside_with_a_warning(
     assert len(warnings) == 1
     assert warnings[0].startswith("ppo_vec.py: warning: ")
     assert (tmp_path / "aside" / "best.pt").exists()
-    assert not Task.of(Args()).fast_walker
+    assert not make_task(Options()).fast
 
 
 @pytest.mark.parametrize("env_id", WALKERS)
 def test_the_same_training_with_and_without(env_id: str) -> None:
-    """Three iterations: data, episodes and weights, to the bit."""
+    """Data, episodes, practice and weights, to the bit."""
+    args = Options(env_id=env_id, num_envs=3, num_steps=160, num_workers=2, update_epochs=2, practice=0.5)
 
-    def training(fast_walker: bool) -> tuple[list[torch.Tensor], list]:
-        args = Args(env_id=env_id, num_envs=3, num_steps=128, num_workers=2, fast_walker=fast_walker, update_epochs=2)
-        task = Task.of(args)
-        assert task.fast_walker == fast_walker
-        state = State(args, task, torch.device("cpu"))
-        rollout = Rollout.allocate(args, task.obs_dim, task.action_dim, torch.device("cpu"))
-        tensors, episodes = [], []
-        with VecEnv(args, task, state.envs) as envs:
-            for _ in range(3):
-                episodes += collect(envs, state, rollout, args)
-                tensors += [getattr(rollout, f.name).clone() for f in dataclasses.fields(rollout)]
-                update(state.agent, state.optimizers, rollout, args, state.shuffle_rng)
-                state.agent.update_normalizers(rollout)
-        return tensors + list(state.agent.state_dict().values()), episodes
+    def training(fast: bool) -> tuple[list[torch.Tensor], list]:
+        task = dataclasses.replace(make_task(args), fast=fast)
+        state, tensors, episodes = State(args, task, torch.device("cpu")), [], []
+        arrays = ppo_vec.policy_arrays(state.agent.state_dict())
+        with contextlib.closing(VecEnv(args, task, state.envs, arrays)) as envs:
+            for _ in range(4):
+                now = ppo_vec.scheduled(args, state.global_step)
+                rollout = collect(envs, state, now)
+                episodes += rollout.episodes
+                tensors += [value.clone() for value in vars(rollout).values() if isinstance(value, torch.Tensor)]
+                update(state, rollout, now)
+        return [*tensors, state.envs["memory"], *state.agent.state_dict().values()], episodes
 
     (fast, fast_episodes), (published, published_episodes) = training(True), training(False)
     assert fast_episodes == published_episodes
-    assert len(fast_episodes) > 0
-    assert all(torch.equal(a, b) for a, b in zip(fast, published))
+    assert {episode["practice"] for episode in fast_episodes} == {False, True}
+    assert all(torch.equal(a, b) for a, b in zip(fast, published, strict=True))
 
 
 @pytest.mark.parametrize("env_id", WALKERS)
 def test_a_walker_that_is_put_back_goes_on_as_it_did(env_id: str) -> None:
     """For 30 steps, but for what Box2D's solver remembers of the step before; fast or not, to the bit."""
-    hardcore, limit = WALKERS[env_id], gym.spec(env_id).max_episode_steps
-    walk, contacts, differences = Walk(env_id, 2000, np.float32, standing=False), set(), []
+    walk, contacts, differences = Walk(env_id, 2000, FLOAT32, standing=False), set(), []
     for _ in range(4):
         walk.begin()
         states, actions, results = [], [], []
@@ -281,7 +279,7 @@ def test_a_walker_that_is_put_back_goes_on_as_it_did(env_id: str) -> None:
             if results[-1][2]:
                 break
         for start in range(5, len(actions) - 30, 12):
-            pair = FastWalker(hardcore, limit), TimeLimit(FreshWalker(hardcore=hardcore), limit)
+            pair = [make_env(Options(env_id=env_id), fast) for fast in (True, False)]
             for walker in pair:
                 walker.reset(seed=walk.seed)
                 ppo_vec.put_back(walker, np.array(states[start]))
@@ -289,8 +287,8 @@ def test_a_walker_that_is_put_back_goes_on_as_it_did(env_id: str) -> None:
             assert ppo_vec.walker_state(pair[0]) == states[start]
             differences.append(part := [])
             for action, (obs, reward, _, _) in list(zip(actions, results))[start : start + 30]:
-                fast, fresh = (walker.step(action)[:3] for walker in pair)
-                assert all(same(*values) for values in zip(fast, fresh))
+                fast, slow = (walker.step(action)[:3] for walker in pair)
+                assert all(same(*values) for values in zip(fast, slow))
                 part.append([*np.abs(fast[0] - obs), abs(fast[1] - reward)])
     assert len(contacts) == 4  # in the air, on either leg, on both
     contact, other = [8, 13], np.delete(np.array(differences), [8, 13], axis=-1).max((1, 2))
@@ -302,16 +300,21 @@ def test_a_walker_that_is_put_back_goes_on_as_it_did(env_id: str) -> None:
 # Memory
 # ----------------------------------------------------------------------------------------------------------------------
 
-RESETS = """
-import sys, resource
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("fast", [True, False])
+def test_memory_stays_flat_over_1000_resets(fast: bool, tmp_path: Path) -> None:
+    """A Hardcore world is 0.2 MB of C++ memory that Python's garbage collector does not see."""
+    resets = f"""
+import resource
 import numpy as np
 from pathlib import Path
-from ppo_vec import FastWalker, FreshWalker
+from ppo_vec import Walker
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
-walker = FastWalker(True, 2000) if sys.argv[1] == "fast" else FreshWalker(hardcore=True)
+walker = Walker({fast}, 2000, hardcore=True)
 for episode in range(1, 1151):
     walker.reset(seed=episode)
     for _ in range(3):
@@ -320,14 +323,8 @@ for episode in range(1, 1151):
         before = resident()
 print(resident() - before)
 """
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("kind", ["fast", "fresh"])
-def test_memory_stays_flat_over_1000_resets(kind: str, tmp_path: Path) -> None:
-    """A Hardcore world is 0.2 MB of C++ memory that Python's garbage collector does not see."""
-    command = [sys.executable, "-c", RESETS, kind]
     where = {**os.environ, "PYTHONPATH": str(Path(ppo_vec.__file__).parent)}
+    command = [sys.executable, "-c", resets]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=where)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 8, "MB more after 1,000 resets"

@@ -489,12 +489,13 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
         save(folder, state, log)
         while state.global_step < args.total_timesteps and not stopped():
             log.lap("files")  # and evaluations
-            now = scheduled(args, state.global_step)
+            now = scheduled(args, state.global_step, state.shown)
             rollout = collect(envs, state, now)
             log.lap("rollout")
             metrics = update(state, rollout, now)
             log.lap("update")
             average_weights(state, args)
+            note_returns(state, rollout)
             log.iteration(state, rollout, metrics, now)
             if should_evaluate(state, args):
                 evaluate(envs, state, folder, log)
@@ -573,12 +574,17 @@ class TrainingError(Exception):
     """A run that cannot go on: one line on stderr (or a worker's traceback) and exit code 1; checkpoints are kept."""
 
 
-def scheduled(args: Options, global_step: int) -> Options:
-    """The arguments of the iteration that starts at `global_step`; the README says why they change."""
+def scheduled(args: Options, global_step: int, shown: float | None = None) -> Options:
+    """The arguments of the iteration that starts at `global_step`; the README says why they change.
+
+    Learning rates and entropy bonus follow the clock. The others follow what the policy has `shown` (note_returns), or
+    the clock where nobody can say.
+    """
     progress = min(global_step / args.total_timesteps, 1)
+    shown = progress if shown is None else shown
 
     def geometric(start: float, end: float) -> float:
-        return start ** (1 - progress) * end**progress
+        return start ** (1 - shown) * end**shown
 
     left = 1 - progress if args.anneal_lr else 1.0
     fall, final_fall = args.fall_reward, args.final_fall_reward
@@ -589,8 +595,23 @@ def scheduled(args: Options, global_step: int) -> Options:
         ent_coef=left * args.ent_coef,
         gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
         fall_reward=fall if final_fall is None else -geometric(-fall, -final_fall),
-        action_cost=min(1, 2 * progress) ** 2 * args.action_cost,
+        action_cost=min(1, 2 * shown) ** 2 * args.action_cost,
     )
+
+
+def note_returns(state: State, rollout: Rollout) -> None:
+    """Keeps state.shown: how far the smoothed training return has come from its lowest to nearly the goal, 0 to 1.
+
+    What a fall or strength costs follows it: at a high price a policy that cannot walk yet learns to stand still.
+    """
+    for episode in rollout.episodes:
+        if not episode["practice"]:
+            before = episode["return"] if state.smoothed_return is None else state.smoothed_return
+            state.smoothed_return = 0.98 * before + 0.02 * episode["return"]
+            state.lowest_return = min(state.lowest_return, state.smoothed_return)
+    if state.shown is not None and state.smoothed_return is not None:
+        way = 0.95 * state.task.goal - state.lowest_return
+        state.shown = min(1.0, max(state.shown, (state.smoothed_return - state.lowest_return) / max(way, 1e-9)))
 
 
 FALL = -100.0  # the reward of a fall or crash in Gymnasium's Box2D environments
@@ -1525,6 +1546,9 @@ class State:
         self.shuffle_rng = torch.Generator().manual_seed(int(shuffle.generate_state(1)[0]))
         self.envs = new_snapshot(args.num_envs, task.obs_dim, worker_class(args).memory_size)
         self.global_step = 0
+        self.smoothed_return: float | None = None  # these three: note_returns
+        self.lowest_return = math.inf
+        self.shown = None if task.goal is None else 0.0
         self.train_time_s = 0.0  # rollouts and updates
         self.wall_time_s = 0.0  # with evaluations and files, until `started`; see wall_time()
         self.evaluations: list[dict[str, Any]] = []

@@ -496,6 +496,7 @@ class Fuzz:
             "signed, a value missing": lambda: self.with_value(self.rng.choice(self.places), ...),
             "signed, a value replaced": lambda: self.with_value(self.rng.choice(self.places), self.rng.choice(JUNK)),
             "signed, a tensor of another shape": self.misshapen,
+            "signed, a hollow tensor": lambda: self.misshapen(hollow=True),
         }
 
     def with_value(self, path: tuple[Any, ...], value: Any) -> bytes:
@@ -559,14 +560,15 @@ class Fuzz:
                 new.writestr(name, old.read(name))
         return sign(compressed.getvalue())
 
-    def misshapen(self) -> bytes:
+    def misshapen(self, hollow: bool = False) -> bytes:
         """Torch's fused Adam writes past the end of a tensor that is too small: such a file can corrupt memory."""
         nets = [(key, *path) for key in ("agent", "optimizers") for path in places(self.tree[key])]
         tensors = {path: functools.reduce(lambda tree, key: tree[key], path, self.tree) for path in nets}
         shapes = {path: t.shape for path, t in tensors.items() if isinstance(t, torch.Tensor) and t.numel() > 1}
         place = self.rng.choice(list(shapes))
-        hollow = torch.zeros(1).expand(shapes[place])  # of the right shape, with the memory of one number
-        other = self.rng.choice((torch.zeros(()), torch.zeros(2), torch.zeros(1, 999), hollow))
+        other = self.rng.choice((torch.zeros(()), torch.zeros(2), torch.zeros(1, 999)))
+        if hollow:  # of the right shape, with the memory of one number
+            other = torch.zeros(1, dtype=tensors[place].dtype).expand(shapes[place])
         return self.with_value(place, other)
 
     def run(self, count: int) -> dict[str, Any]:
@@ -611,7 +613,7 @@ class Fuzz:
         if kind in ("module:id", "wrappers"):
             assert mode == "load" or (code, "would import code" in lines[0]) == (2, True), where
 
-    DAMAGED = ("truncated", "flipped bits", "overwritten block", "deflated")
+    DAMAGED = ("truncated", "flipped bits", "overwritten block", "deflated", "signed, a hollow tensor")
 
     @staticmethod
     def load(run: Path) -> int:

@@ -32,9 +32,8 @@ from faults import EAGER, assert_same, fingerprint, start, tiny
 
 import ppo_vec
 
-STUCK = "import time; ppo_vec.update = lambda *a: time.sleep(200)"
-SLOW = "ppo_vec.GRACE = 60; import time; real = ppo_vec.update; ppo_vec.update = lambda *a: (time.sleep(0.15), real(*a))[1]"
-SOON = 60  # seconds: far from STUCK's, and enough for an exit on a machine that is busy
+SLOW = """import time; real, ppo_vec.GRACE = ppo_vec.update, 60
+ppo_vec.update = lambda *a: (time.sleep(0.15), real(*a))[1]"""
 Capture, Patch, Make = pytest.CaptureFixture[str], pytest.MonkeyPatch, Callable[..., dict[str, Any]]
 PLOT = ppo_vec.plot_learning_curve
 
@@ -244,7 +243,7 @@ def test_workers_end_with_a_killed_trainer(run: Path) -> None:
     assert len(others) == 2
     os.kill(last, signal.SIGSTOP)
     os.kill(fork.pid, signal.SIGKILL)
-    end = time.monotonic() + SOON
+    end = time.monotonic() + 60
     while set(others) & set(fork.group()) and time.monotonic() < end:
         time.sleep(0.05)
     left = fork.group()
@@ -609,9 +608,9 @@ def test_a_log_that_is_cut_off(run: Path, monkeypatch: Patch) -> None:
 
 
 def test_broken_checkpoints() -> None:
-    result = faults.isolated(faults.fuzz, 144, 0)
+    result = faults.isolated(faults.fuzz, 156, 0)
     assert not result["problems"], "\n\n".join(result["problems"][:5])
-    assert len(result["tried"]) == 12
+    assert len(result["tried"]) == 13
 
 
 @pytest.mark.parametrize(

@@ -535,12 +535,14 @@ class Options(Args):
     num_workers: int | None = None  # processes that share the environments; default one per core; changes no result
     worker_timeout: float = 60.0  # seconds without a step after which a worker counts as hung and is replaced
 
-    final_gamma: float | None = None  # let 1 - gamma change in equal ratios to 1 minus this; default: constant
+    final_gamma: float | None = None  # gamma once the goal is near, see scheduled(); default: constant
     swa_share: float = 0.0  # average the weights over this last share of training: their mean joins the final choice
     critic_progress: bool = False  # show the critic the episode's length and return so far; the policy never sees them
     fall_reward: float | None = None  # the scaled reward of a fall (raw: -100) at the start; default: unchanged
-    final_fall_reward: float | None = None  # let it change in equal ratios to this; default: constant
-    action_cost: float = 0.0  # reward that training takes off per unit of |action|; rises from 0 over the first half
+    final_fall_reward: float | None = None  # the same once the goal is near, see scheduled(); default: constant
+    action_cost: float = (
+        0.0  # reward that training takes off per unit of |action| once the way to the goal is half done
+    )
     practice: float = 0.0  # the share of a walker's training steps that goes back to places shortly before its falls
 
 
@@ -577,8 +579,9 @@ class TrainingError(Exception):
 def scheduled(args: Options, global_step: int, shown: float | None = None) -> Options:
     """The arguments of the iteration that starts at `global_step`; the README says why they change.
 
-    Learning rates and entropy bonus follow the clock. The others follow what the policy has `shown` (note_returns), or
-    the clock where nobody can say.
+    Learning rates and entropy bonus fall linearly with the clock. The others follow what the policy has `shown`, from 0
+    to 1 (note_returns), or the clock where no goal is known: 1 - gamma and the price of a fall change in equal ratios,
+    the action cost grows with the square until half of the way.
     """
     progress = min(global_step / args.total_timesteps, 1)
     shown = progress if shown is None else shown

@@ -701,7 +701,7 @@ class Tiny(gym.Env):
         return self.obs(), reward, done and self.kind != 1, done and self.kind != 0, {}
 
 
-gym.register("Tiny-v0", Tiny)
+gym.register("ByHand-v0", Tiny)
 
 
 def step_by_hand(envs: list[Tiny], actions: np.ndarray, seed: int, extra: bool) -> list[np.ndarray]:
@@ -726,7 +726,7 @@ def step_by_hand(envs: list[Tiny], actions: np.ndarray, seed: int, extra: bool) 
 def test_collect_and_update_by_hand(state_dependent_std: bool, extra: bool, recorders: Recorders) -> None:
     """Three iterations on real workers; every number of a rollout but the noise from elsewhere."""
     args = make_args(
-        env_id="Tiny-v0", num_envs=6, num_workers=2, num_steps=14, learning_rate=3e-3, gamma=0.9, action_cost=0.3,
+        env_id="ByHand-v0", num_envs=6, num_workers=2, num_steps=14, learning_rate=3e-3, gamma=0.9, action_cost=0.3,
         state_dependent_std=state_dependent_std, critic_progress=extra,
     )  # fmt: skip
     envs, parts, pooled = [Tiny() for _ in range(6)], [], []
@@ -784,6 +784,42 @@ def test_collect_and_update_by_hand(state_dependent_std: bool, extra: bool, reco
             assert max(abs(first[name]) for name in ("old_approx_kl", "approx_kl", "clipfrac")) < 1e-5
             assert min(m["approx_kl"] for m in others) > 1e-6
             assert_has_seen(agent.normalizer, np.concatenate(pooled))
+
+
+# ---- What the policy has shown ---------------------------------------------------------------------------------------
+
+
+def test_what_a_policy_has_shown_by_hand() -> None:
+    state = SimpleNamespace(smoothed_return=None, lowest_return=math.inf, shown=0.0, task=SimpleNamespace(goal=300.0))
+
+    def note(*returns: float, practice: bool = False) -> tuple[float, float]:
+        episodes = [{"return": ret, "practice": practice} for ret in returns]
+        ppo_vec.note_returns(state, SimpleNamespace(episodes=episodes))
+        return state.smoothed_return, state.shown
+
+    assert note(-100.0) == (-100, 0)
+    assert note(285.0) == (
+        pytest.approx(-92.3),
+        pytest.approx(7.7 / 385),
+    )  # .98 * -100 + .02 * 285; nearly the goal: 285
+    assert note(285.0, practice=True) == (pytest.approx(-92.3), pytest.approx(7.7 / 385))
+    assert note(-200.0, -200.0) == (pytest.approx(-96.5649), pytest.approx(7.7 / 385))  # the best so far
+    assert note(*[400.0] * 500)[1] == 1
+    state.shown, state.task.goal = None, None
+    note(1.0)
+    assert state.shown is None
+
+
+def test_prices_and_discount_follow_what_was_shown_and_rates_the_clock() -> None:
+    args = make_args(
+        total_timesteps=1000, anneal_lr=True, gamma=0.9, final_gamma=0.99, fall_reward=-1.0, final_fall_reward=-16.0,
+        action_cost=0.4, learning_rate=0.1, ent_coef=0.2,
+    )  # fmt: skip
+    now = ppo_vec.scheduled(args, 750, shown=0.25)
+    assert (now.learning_rate, now.ent_coef) == pytest.approx((0.025, 0.05))
+    assert (now.fall_reward, now.action_cost) == pytest.approx((-2.0, 0.1))  # 16 ** .25 and .5 ** 2 * .4
+    assert 1 - now.gamma == pytest.approx(0.1**1.25)
+    assert ppo_vec.scheduled(args, 750) == ppo_vec.scheduled(args, 750, shown=0.75)
 
 
 # ---- The acting copy cannot drift ------------------------------------------------------------------------------------

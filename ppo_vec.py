@@ -178,8 +178,9 @@ def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequentia
 class Gaussian(nn.Module):
     """The kind of action: a diagonal Gaussian over actions in units of the bounds, not clipped.
 
-    What depends on the kind stands here and in Policy.env_action. Another kind is another class of this form; with it
-    change FORMAT, so that no saved policy is taken for one of that kind.
+    Another kind is another class of this form, named as `Distribution`; change FORMAT and READABLE with it, so that no
+    saved policy is taken for one of that kind. Discrete actions also need make_task, step_envs, policy_of and
+    Policy.env_action: as rows of 0 and 1 (one-hot) they fit all arrays.
     """
 
     def __init__(self, action_dim: int, args: Args) -> None:
@@ -236,6 +237,9 @@ class Gaussian(nn.Module):
         return out if noise is None else out + std * noise
 
 
+Distribution = Gaussian  # the kind of action in use
+
+
 class Agent(nn.Module):
     """Actor and critic, two networks that share nothing, and the normaliser of what they see.
 
@@ -247,7 +251,7 @@ class Agent(nn.Module):
         super().__init__()
         self.obs_dim = obs_dim
         self.normalizer = Normalizer(obs_dim + extra_dim)
-        self.distribution = Gaussian(action_dim, args)
+        self.distribution = Distribution(action_dim, args)
         sizes = obs_dim, *args.actor_hidden_sizes, self.distribution.outputs
         self.actor = mlp(sizes, args.activation, last_gain=0.01)
         self.critic = mlp((obs_dim + extra_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
@@ -782,8 +786,8 @@ class Policy:
         self.middle = ((high.astype(np.float64) + low) / 2).astype(np.float32)
         self.half = ((high.astype(np.float64) - low) / 2).astype(np.float32)
 
-    def sample(self, obs: np.ndarray, noise: np.ndarray | None = None, offset: int = 0) -> np.ndarray:
-        """Raw observations (n, obs_dim) float32 and noise (n, action_dim) -> actions; without noise, their mean."""
+    def forward(self, obs: np.ndarray, offset: int = 0) -> np.ndarray:
+        """Raw observations (n, obs_dim) float32 -> the actor's output (n, outputs)."""
         activation, start, n = ACTIVATIONS[self.activation][1], offset % TILE, len(obs)
         tiles = math.ceil((start + n) / TILE)
         x = np.zeros((tiles, TILE, len(self.obs_mean)), np.float32)  # NumPy multiplies tile by tile
@@ -792,8 +796,11 @@ class Policy:
         for weight, bias in self.layers[:-1]:
             x = activation(x @ weight + bias)
         weight, bias = self.layers[-1]
-        out = (x @ weight + bias).reshape(tiles * TILE, len(bias))[start : start + n]
-        return Gaussian.act(out, self.std, noise)
+        return (x @ weight + bias).reshape(tiles * TILE, len(bias))[start : start + n]
+
+    def sample(self, obs: np.ndarray, noise: np.ndarray | None = None, offset: int = 0) -> np.ndarray:
+        """Raw observations (n, obs_dim) float32 and noise (n, action_dim) -> actions; without noise, their mean."""
+        return Distribution.act(self.forward(obs, offset), self.std, noise)
 
     def env_action(self, action: np.ndarray) -> np.ndarray:
         """Clips to [-1, 1] and maps to the environment's bounds."""
@@ -1002,7 +1009,7 @@ class Worker(gym.Env):
         returns, lengths, fell = np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs), bool)
         running, limit = np.arange(len(envs)), self.task.max_episode_steps or ENDLESS
         while len(running):
-            noise = [Gaussian.noise(rng, self.task.action_dim).numpy() for rng in rngs] if stochastic else None
+            noise = [Distribution.noise(rng, self.task.action_dim).numpy() for rng in rngs] if stochastic else None
             actions = self.policy.env_action(self.policy.sample(obs, noise and np.stack(noise)))
             some = [envs[i] for i in running]
             obs[running], rewards, terminated, truncated = step_envs(some, actions[running], self.beat)
@@ -1519,6 +1526,7 @@ def put_back(env: gym.Env, state: np.ndarray) -> None:
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
 
 FORMAT = "ppo_vec 2"
+READABLE = (FORMAT, "ppo_vec 1")  # of "ppo_vec 1" only the policy
 MAGIC = b"ppo_vec1"  # before the digest that follows the checkpoint's bytes
 MAX_BYTES = 2**31  # of a file that is read
 PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict"  # what a checkpoint's pickle calls
@@ -1636,10 +1644,9 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
                 tensor += 0.3 * torch.randn(tensor.shape)
             probe.normalizer.var *= 1 + torch.rand(probe.normalizer.var.shape)
             obs = 9 * torch.randn(2 * TILE, task.obs_dim + task.extra_dim)
-        mean, logstd = probe.distribution.mean_logstd(probe.policy(probe.normalizer(obs)))
+        expected = probe.policy(probe.normalizer(obs)).numpy()
         policy = Policy(policy_arrays(probe.state_dict()), args.activation, task.low, task.high)
-        actions = policy.sample(obs[:, : task.obs_dim].numpy(), np.ones((len(obs), task.action_dim), np.float32))
-        same = np.allclose(actions, (mean + logstd.exp()).numpy(), rtol=1e-3, atol=1e-3)
+        same = np.allclose(policy.forward(obs[:, : task.obs_dim].numpy()), expected, rtol=1e-3, atol=1e-3)
     except (ValueError, IndexError, KeyError):  # a layer that Policy does not know
         same = False
     if not same:
@@ -1752,7 +1759,7 @@ def decode(data: bytes) -> dict[str, Any]:
             parts += inner
     except Exception as error:  # whatever a crafted file makes the restricted unpickler raise
         raise ValueError("cannot be read as plain tensors") from error
-    if not isinstance(tree, dict) or tree.get("format") not in ("ppo_vec 1", FORMAT):
+    if not isinstance(tree, dict) or tree.get("format") not in READABLE:
         raise ValueError(f"is not of the format {FORMAT!r}")
     return tree
 

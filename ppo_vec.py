@@ -544,9 +544,7 @@ class Options(Args):
     critic_progress: bool = False  # show the critic the episode's length and return so far; the policy never sees them
     fall_reward: float | None = None  # the scaled reward of a fall (raw: -100) at the start; default: unchanged
     final_fall_reward: float | None = None  # the same once the goal is near, see scheduled(); default: constant
-    action_cost: float = (
-        0.0  # reward that training takes off per unit of |action| once the way to the goal is half done
-    )
+    action_cost: float = 0.0  # what training takes off the reward per unit of |action| once the goal is half reached
     practice: float = 0.0  # the share of a walker's training steps that goes back to places shortly before its falls
 
 

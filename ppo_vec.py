@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import importlib
 import io
@@ -40,7 +39,6 @@ import platform
 import re
 import shlex
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -178,9 +176,9 @@ def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequentia
 class Gaussian(nn.Module):
     """The kind of action: a diagonal Gaussian over actions in units of the bounds, not clipped.
 
-    Another kind is another class of this form, named as `Distribution`; change FORMAT and READABLE with it, so that no
-    saved policy is taken for one of that kind. Discrete actions also need make_task, step_envs, policy_of and
-    Policy.env_action: as rows of 0 and 1 (one-hot) they fit all arrays.
+    Another kind is a class of the same methods behind this one, named as `Distribution` (and in files: no saved policy
+    is taken for one of another kind). Discrete actions, as rows of 0 and 1 (one-hot), fit all arrays; make_task and
+    Policy.env_action have to know of them.
     """
 
     def __init__(self, action_dim: int, args: Args) -> None:
@@ -489,7 +487,11 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
     if saved:
         state.load(saved)
     envs = VecEnv(args, task, state.envs, policy_arrays(state.agent.state_dict()))
-    with stop_signals(folder, state) as stopped, Log(folder, state) as log, contextlib.closing(envs):
+    with (
+        stop_signals(folder, state) as stopped,
+        contextlib.closing(envs),
+        contextlib.closing(Log(folder, state)) as log,
+    ):
         save(folder, state, log)
         while state.global_step < args.total_timesteps and not stopped():
             log.lap("files")  # and evaluations
@@ -507,7 +509,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
                 save(folder, state, log)
         save(folder, state, log)
         if not stopped():
-            choose_and_test(envs, state, folder, log)
+            deliver(envs, state, folder, log)
         plot_learning_curve(folder, state)
         save(folder, state, log)
     return None if state.finished else stopped()
@@ -533,14 +535,13 @@ class Options(Args):
     resume: str | None = None  # continue this run (its folder, or "latest")
     evaluate: str | None = None  # evaluate this run (its folder, "latest", or a checkpoint) instead of training
     eval_episodes: int = 100  # test episodes, with --evaluate and after training (there also twice as many to choose)
-    stochastic: bool = False  # with --evaluate: sample actions instead of taking their mean
     capture_video: bool = False  # write an mp4 of an episode of the deterministic policy into the run's videos/
     track: bool = False  # also log to Weights and Biases (pip install wandb)
     num_workers: int | None = None  # processes that share the environments; default one per core; changes no result
     worker_timeout: float = 60.0  # seconds without a step after which a worker counts as hung and is replaced
 
     final_gamma: float | None = None  # gamma once the goal is near, see scheduled(); default: constant
-    swa_share: float = 0.0  # average the weights over this last share of training: their mean joins the final choice
+    swa_share: float = 0.0  # deliver the mean of the weights over this last share of training
     critic_progress: bool = False  # show the critic the episode's length and return so far; the policy never sees them
     fall_reward: float | None = None  # the scaled reward of a fall (raw: -100) at the start; default: unchanged
     final_fall_reward: float | None = None  # the same once the goal is near, see scheduled(); default: constant
@@ -554,7 +555,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "practice": 0.3, "num_steps": 128, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995,
         "gae_lambda": 0.85, "ent_coef": 0.0025, "bounds_loss_coef": 0.01, "fall_reward": -1.0,
         "final_fall_reward": -20.0, "action_cost": 0.2, "initial_std": 0.5, "critic_progress": True,
-        "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
+        "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {
         "num_steps": 320, "learning_rate": 3e-4, "critic_learning_rate": 1e-3, "num_minibatches": 40,
@@ -564,7 +565,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "practice": 0.5, "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 2e-4,
         "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "initial_std": 0.5,
-        "swa_share": 0.2, "min_std": 0.25, "critic_progress": True,
+        "swa_share": 0.4, "min_std": 0.25, "critic_progress": True,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
@@ -581,9 +582,10 @@ class TrainingError(Exception):
 def scheduled(args: Options, global_step: int, shown: float | None = None) -> Options:
     """The arguments of the iteration that starts at `global_step`; the README says why they change.
 
-    Learning rates and entropy bonus fall linearly with the clock. The others follow what the policy has `shown`, from 0
-    to 1 (note_returns), or the clock where no goal is known: 1 - gamma and the price of a fall change in equal ratios,
-    the action cost grows with the square until half of the way.
+    Learning rates and entropy bonus fall linearly with the clock; with --swa-share only from the middle of that share
+    on. The others follow what the policy has `shown`, from 0 to 1 (note_returns), or the clock where no goal is known:
+    1 - gamma and the price of a fall change in equal ratios, the action cost grows with the square until half of the
+    way.
     """
     progress = min(global_step / args.total_timesteps, 1)
     shown = progress if shown is None else shown
@@ -591,7 +593,8 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
     def geometric(start: float, end: float) -> float:
         return start ** (1 - shown) * end**shown
 
-    left = 1 - progress if args.anneal_lr else 1.0
+    held = args.swa_share / 2 or 1.0  # averaging needs weights that still move
+    left = min(1.0, (1 - progress) / held) if args.anneal_lr else 1.0
     fall, final_fall = args.fall_reward, args.final_fall_reward
     return dataclasses.replace(
         args,
@@ -619,9 +622,6 @@ def note_returns(state: State, rollout: Rollout) -> None:
         state.shown = min(1.0, max(state.shown, (state.smoothed_return - state.lowest_return) / max(way, 1e-9)))
 
 
-FALL = -100.0  # the reward of a fall or crash in Gymnasium's Box2D environments
-
-
 def training_rewards(state: State, rollout: Rollout, args: Options) -> Tensor:
     """The (T, N) rewards that training uses: the raw ones less the action cost, scaled; a fall has its own price."""
     effort = rollout.actions.abs().clamp(max=1).sum(-1)
@@ -647,6 +647,7 @@ def average_weights(state: State, args: Options) -> None:
 
 WALKERS = {"BipedalWalker-v3": False, "BipedalWalkerHardcore-v3": True}  # env id: hardcore
 ENDLESS = 10_000  # steps after which an evaluation ends an episode of an environment without a time limit
+FALL = -100.0  # the reward of a fall or crash in Gymnasium's Box2D environments
 
 # Three ranges of episode seeds that never meet. Training seeds are spread over the upper half of 32 bits.
 TEST_SEEDS, SELECTION_SEEDS, TRAINING_SEEDS = 0, 2**30, 2**31
@@ -668,22 +669,21 @@ class Task:
     high: np.ndarray
     max_episode_steps: int | None
     goal: float | None  # the return at which the environment counts as solved
-    fast: bool  # a walker, and the fast form gives Gymnasium's bits on this machine
 
     @property
     def action_dim(self) -> int:
         return len(self.low)
 
 
-def make_env(args: Options, fast: bool = False, published: bool = False, render_mode: str | None = None) -> gym.Env:
+def make_env(args: Options, published: bool = False, render_mode: str | None = None) -> gym.Env:
     """The one place where an environment is made: for training, evaluation, video and benchmarks.
 
-    Walkers have a fresh world at each reset, unless `published`; and, if `fast`, a step of less Python.
+    Walkers are fast ones with a fresh world at each reset, unless `published`.
     """
     kwargs = json.loads(args.env_kwargs)
     if args.env_id in WALKERS and not published:
-        own = {"hardcore": WALKERS[args.env_id], "max_episode_steps": gym.spec(args.env_id).max_episode_steps}
-        env: gym.Env = Walker(fast, **{**own, **kwargs})
+        limit = gym.spec(args.env_id).max_episode_steps
+        env: gym.Env = Walker(**{"hardcore": WALKERS[args.env_id], "max_episode_steps": limit, **kwargs})
     else:
         kwargs |= {"render_mode": render_mode} if render_mode else {}  # not every environment takes it
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
@@ -695,6 +695,7 @@ def make_env(args: Options, fast: bool = False, published: bool = False, render_
 
 def make_task(args: Options) -> Task:
     """Raises UserError for an environment that cannot be made, or that PPO with a Gaussian cannot act in."""
+    what = f"--env-id {args.env_id}{' --capture-video' * args.capture_video}"
     try:
         with warnings.catch_warnings():  # of an outdated version: the error says it, too
             warnings.simplefilter("ignore")
@@ -706,39 +707,31 @@ def make_task(args: Options) -> Task:
                 raise ValueError("it has no render mode rgb_array")
             env.reset(seed=0)
             env.render()
-        obs_space, actions, spec = env.observation_space, env.action_space, env.spec
+        obs, actions, spec = env.observation_space, env.action_space, env.spec
+        env.close()
     except Exception as error:  # unknown, a missing dependency, no display, or whatever the environment raises
-        what = " --capture-video" if args.capture_video else ""
-        raise UserError(f"--env-id {args.env_id}{what}: {one_line(error)}") from error
-    if not isinstance(obs_space, gym.spaces.Box) or not isinstance(actions, gym.spaces.Box):
-        raise UserError(
-            f"--env-id {args.env_id} has {type(obs_space).__name__} observations and {type(actions).__name__} "
-            "actions; supported are environments with Box observations and Box actions"
-        )
+        raise UserError(f"{what}: {one_line(error)}") from error
+    if not isinstance(obs, gym.spaces.Box) or not isinstance(actions, gym.spaces.Box):
+        kinds = f"{type(obs).__name__} observations and {type(actions).__name__} actions"
+        raise UserError(f"{what} has {kinds}; supported are environments with Box observations and Box actions")
     if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
-        raise UserError(f"--env-id {args.env_id} has unbounded actions; supported are finite bounds")
-    env.close()
+        raise UserError(f"{what} has unbounded actions; supported are finite bounds")
     if args.practice and (args.env_id not in WALKERS or args.wrappers):
         raise UserError(f"--practice needs one of {', '.join(WALKERS)}, without --wrappers")
-    fast = args.env_id in WALKERS and not args.evaluate  # which uses the published one
-    if fast and not fast_walker_agrees(args):
-        warn("the fast walker differs from Gymnasium's on this machine; using Gymnasium's")
-        fast = False
-    bounds, extra_dim = (rounded(actions.low, np.inf), rounded(actions.high, -np.inf)), 2 * args.critic_progress
-    obs_dim = int(np.prod(obs_space.shape))
     limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
-    return Task(obs_dim, extra_dim, *bounds, limit, goal, fast)
+    return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, *float32_bounds(actions), limit, goal)
+
+
+def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """An action space's bounds as float32 (action_dim,) that lie in it, whatever its own precision."""
+    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    low = np.where(low < space.low, np.nextafter(low, np.float32(np.inf)), low)
+    high = np.where(high > space.high, np.nextafter(high, np.float32(-np.inf)), high)
+    return low.ravel(), high.ravel()
 
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def rounded(bounds: np.ndarray, inwards: float) -> np.ndarray:
-    """An action space's bounds as float32 (action_dim,) that lie in it, whatever its own precision."""
-    nearest = bounds.astype(np.float32)
-    outside = nearest < bounds if inwards > 0 else nearest > bounds
-    return np.where(outside, np.nextafter(nearest, np.float32(inwards)), nearest).ravel()
 
 
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
@@ -746,6 +739,7 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
 
 
 Steps = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Episodes = list[tuple[float, int, bool]]  # (return, length, fell) of each
 
 
 def step_envs(envs: Sequence[gym.Env], actions: np.ndarray, beat: Callable[[], None] = lambda: None) -> Steps:
@@ -753,7 +747,7 @@ def step_envs(envs: Sequence[gym.Env], actions: np.ndarray, beat: Callable[[], N
 
     Returns: observations (n, obs_dim) float32, rewards (n,) float32, terminated (n,), truncated (n,).
     """
-    if isinstance(envs[0], Walker) and envs[0].fast:
+    if isinstance(envs[0], Walker):
         beat()
         return step_walkers(envs, actions)
     space, steps = envs[0].action_space, []
@@ -825,6 +819,24 @@ def policy_arrays(weights: dict[str, Tensor]) -> list[np.ndarray]:
     return [a.detach().cpu().numpy().astype(np.float32, order="C") for a in arrays]
 
 
+@torch.no_grad()
+def check_copy(agent: Agent, task: Task, args: Args) -> None:
+    """Raises TrainingError where Policy does not act as the agent does, as after a change of one of them only."""
+    with torch.random.fork_rng(devices=[]):  # on random weights and statistics: at first many are 0 or 1
+        torch.manual_seed(0)
+        probe = copy.deepcopy(agent).cpu()
+        for tensor in (*probe.parameters(), probe.normalizer.mean):
+            tensor += 0.3 * torch.randn(tensor.shape)
+        probe.normalizer.var *= 1 + torch.rand(probe.normalizer.var.shape)
+        obs = 9 * torch.randn(2 * TILE, task.obs_dim + task.extra_dim)
+    expected, same = probe.policy(probe.normalizer(obs)).numpy(), False
+    with contextlib.suppress(ValueError, IndexError, KeyError):  # a layer that Policy does not know
+        policy = Policy(policy_arrays(probe.state_dict()), args.activation, task.low, task.high)
+        same = np.allclose(policy.forward(obs[:, : task.obs_dim].numpy()), expected, rtol=1e-3, atol=1e-3)
+    if not same:
+        raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
+
+
 # ---- Workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -841,13 +853,11 @@ def new_snapshot(num_envs: int, obs_dim: int, memory_size: int) -> dict[str, Any
     each reset makes this true of the walkers too). So these are kept, and the episode is replayed.
     """
     return {
-        "episode": torch.full((num_envs,), -1),  # (N,) the number of the running episode; -1: none has begun
+        "episode": torch.full((num_envs,), -1),  # the number of the running episode; -1: none has begun
         "actions": [[] for _ in range(num_envs)],  # its actions, in chunks (n, action_dim)
-        "obs": torch.zeros(num_envs, obs_dim),  # (N, obs_dim) the next observation
-        "returns": torch.zeros(num_envs, dtype=torch.float64),  # (N,) of the running episode
-        "memory": torch.zeros(
-            num_envs, memory_size, dtype=torch.float64
-        ),  # (N, M) what a subclass of Worker remembers of its past
+        "obs": torch.zeros(num_envs, obs_dim),  # the next observation
+        "returns": torch.zeros(num_envs, dtype=torch.float64),  # of the running episode
+        "memory": torch.zeros(num_envs, memory_size, dtype=torch.float64),  # what a subclass of Worker remembers
     }
 
 
@@ -900,35 +910,27 @@ class Worker(gym.Env):
         """Steps the environments num_steps times, acting on the shared noise. Returns the episodes that ended."""
         if not self.envs:
             self.restore()
-        columns, episodes = slice(self.first, self.last), []
-        obs, final_obs, actions, noise, rewards, terminated, truncated = (
-            getattr(self.data, name)[:, columns]
-            for name in ("obs", "final_obs", "actions", "noise", "rewards", "terminated", "truncated")
-        )
-        for t in range(len(actions)):
-            obs[t] = self.rows()
-            actions[t] = self.policy.sample(self.obs, noise[t], self.first)
-            step = self.step(slice(None), self.policy.env_action(actions[t]))
-            self.obs, rewards[t], terminated[t], truncated[t] = step
-            for i in np.flatnonzero(terminated[t] | truncated[t]):
-                final_obs[t, i] = self.rows()[i]
+        data, mine, episodes = self.data, slice(self.first, self.last), []
+        for t in range(self.args.num_steps):
+            data.obs[t, mine] = self.rows()
+            data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.first)
+            self.obs, rewards, terminated, truncated = self.step(slice(None), self.policy.env_action(actions))
+            data.rewards[t, mine], data.terminated[t, mine], data.truncated[t, mine] = rewards, terminated, truncated
+            for i in np.flatnonzero(terminated | truncated).tolist():
+                data.final_obs[t, self.first + i] = self.rows()[i]
                 episodes.append({
-                    "t": t, "env": self.first + int(i), "return": float(self.returns[i]),
-                    "length": int(self.lengths[i]), "practice": self.is_practice(i),
-                    "fell": bool(terminated[t, i] and rewards[t, i] <= FALL),
+                    "t": t, "env": self.first + i, "return": float(self.returns[i]), "length": int(self.lengths[i]),
+                    "practice": bool(self.practising[i]), "fell": bool(terminated[i] and rewards[i] <= FALL),
                 })  # fmt: skip
                 self.obs[i] = self.begin(i, self.episode[i] + 1)
-        obs[-1] = self.rows()
+        data.obs[-1, mine] = self.rows()
         for name in ("episode", "returns", "memory"):
-            getattr(self.data, name)[columns] = getattr(self, name)
+            getattr(data, name)[mine] = getattr(self, name)
         return episodes
 
     def rows(self) -> np.ndarray:
         """(k, obs_dim + extra_dim), what the critic sees."""
         return np.column_stack((self.obs, self.lengths, self.returns)) if self.task.extra_dim else self.obs
-
-    def is_practice(self, i: int) -> bool:
-        return False
 
     def step(self, some: slice, actions: np.ndarray) -> Steps:
         """One step of environments `some`, with their rows of env-ready actions."""
@@ -949,21 +951,16 @@ class Worker(gym.Env):
         saved = {k: v[self.first : self.last] for k, v in self.snapshot.items()}
         for name in ("episode", "obs", "returns", "memory"):
             setattr(self, name, saved[name].numpy().copy())
-        self.lengths = np.zeros(len(self.obs), int)
-        for _ in self.obs:
-            self.envs.append(make_env(self.args, self.task.fast))
-            self.beat()
+        self.lengths, self.practising = np.zeros(len(self.obs), int), np.zeros(len(self.obs), bool)
         for i, actions in enumerate(saved["actions"]):
+            self.envs.append(make_env(self.args))
+            self.beat()
             if self.episode[i] < 0:
                 self.obs[i] = self.begin(i, 0)
             elif not self.replay(i, itertools.chain.from_iterable(actions), float(saved["returns"][i])):
                 self.data.restarted[self.first + i] = True  # not the same here, as on another machine
                 self.memory[i] = saved["memory"][i].numpy()  # what the replay noted is undone
                 self.obs[i] = self.begin(i, self.episode[i] + 1)
-
-    @staticmethod
-    def check_memory(memory: np.ndarray) -> None:
-        """Raises ValueError for a saved memory that cannot be this class's."""
 
     def replay(self, i: int, actions: Iterable[np.ndarray], expected_return: float) -> bool:
         """Takes the running episode of environment i to where it was; false if it comes to another place."""
@@ -975,7 +972,7 @@ class Worker(gym.Env):
                 obs, running = rows[0], not (terminated[0] or truncated[0])
         return running and np.array_equal(obs, self.obs[i]) and self.returns[i] == expected_return
 
-    def evaluate(self, seeds: list[int], workers: int, published: bool, stochastic: bool) -> list[tuple]:
+    def evaluate(self, seeds: list[int], workers: int, published: bool) -> list[tuple]:
         """This worker's share of evaluation episodes: (index into seeds, return, length, fell) of each.
 
         Its environments, as many as it has for training, are reused; but published walkers, whose world remembers
@@ -989,26 +986,24 @@ class Worker(gym.Env):
             while envs and published and self.args.env_id in WALKERS:
                 envs.pop().close()
             while len(envs) < len(some):
-                envs.append(make_env(self.args, self.task.fast and not published, published))
+                envs.append(make_env(self.args, published))
                 self.beat()
-            rows = self.play(envs[: len(some)], [seeds[i] for i in some], stochastic)
+            rows = self.play(envs[: len(some)], [seeds[i] for i in some])
             episodes += [(i, *row) for i, row in zip(some, rows)]
         for env in envs:
             env.close()
         return episodes
 
-    def play(self, envs: list[gym.Env], seeds: list[int], stochastic: bool) -> list[tuple[float, int, bool]]:
-        """(return, length, fell) of one whole episode per environment, all at once."""
+    def play(self, envs: list[gym.Env], seeds: list[int]) -> Episodes:
+        """One whole episode per environment, all at once, with the deterministic policy."""
         obs = np.zeros((len(envs), self.task.obs_dim), np.float32)
         for i, (env, seed) in enumerate(zip(envs, seeds)):
             obs[i] = reset_env(env, seed)
             self.beat()
-        rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
         returns, lengths, fell = np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs), bool)
         running, limit = np.arange(len(envs)), self.task.max_episode_steps or ENDLESS
         while len(running):
-            noise = [Distribution.noise(rng, self.task.action_dim).numpy() for rng in rngs] if stochastic else None
-            actions = self.policy.env_action(self.policy.sample(obs, noise and np.stack(noise)))
+            actions = self.policy(obs)
             some = [envs[i] for i in running]
             obs[running], rewards, terminated, truncated = step_envs(some, actions[running], self.beat)
             returns[running] += rewards
@@ -1051,16 +1046,16 @@ def block_signals(block: bool) -> None:
         signal.pthread_sigmask(how, (signal.SIGINT, signal.SIGTERM))
 
 
-STARTING = 120.0  # seconds that the start of workers may take, whatever --worker-timeout
+STARTING = 120.0  # seconds that the start of a worker may take, whatever --worker-timeout
 CLOSING = 5.0  # seconds that workers have to close their environments
 MAX_FAULTS = 3  # attempts at one rollout or evaluation before a run gives up
 
 
-class VecEnv:
+class VecEnv(AsyncVectorEnv):
     """num_envs environments in num_workers processes, as (num_envs, ...) arrays; replaces failed workers.
 
-    The workers are AsyncVectorEnv's. A whole rollout is one message: waking a process for each step costs more than
-    the stepping itself. What the workers return is the same to the bit for any number of them. No wait is endless.
+    A whole rollout is one message: waking a process for each step costs more than the stepping itself. What the
+    workers return is the same to the bit for any number of them. No wait is endless.
     """
 
     def __init__(self, args: Options, task: Task, snapshot: dict[str, Any], policy: list[np.ndarray]) -> None:
@@ -1076,105 +1071,93 @@ class VecEnv:
             "episode": ((N,), np.int64), "returns": ((N,), np.float64),  # with memory: of the next snapshot
             "memory": (snapshot["memory"].shape, np.float64), "beats": ((self.num_workers,), np.int64),
         }  # fmt: skip
-        specs |= {f"policy{i}": (shape, np.float32) for i, shape in enumerate(array.shape for array in policy)}
+        specs |= {f"policy{i}": (array.shape, np.float32) for i, array in enumerate(policy)}
         # Unnamed memory, which no crash can leave behind.
         array = multiprocessing.get_context(self.context).RawArray
         sizes = {name: max(1, math.prod(shape) * np.dtype(dtype).itemsize) for name, (shape, dtype) in specs.items()}
         self.shared = {name: (array("b", sizes[name]), *spec) for name, spec in specs.items()}
         self.data = open_shared(self.shared)
-        self.workers: AsyncVectorEnv | None = None
-        self.restarts = 0
+        self.processes, self.closed, self.restarts = [], True, 0
 
     def start(self) -> None:
+        """Starts the workers, and waits for none of them."""
         bounds = np.linspace(0, self.args.num_envs, self.num_workers + 1).astype(int).tolist()
         kind = worker_class(self.args)
         workers = [kind(i, *pair, self) for i, pair in enumerate(itertools.pairwise(bounds))]
-        before = set(multiprocessing.active_children())
-
-        def kill_started() -> None:
-            for process in set(multiprocessing.active_children()) - before:
-                process.kill()
-
-        # Construction waits for the workers without a limit; a spawned one imports torch first.
-        watchdog = threading.Timer(max(self.args.worker_timeout, STARTING), kill_started)
-        watchdog.daemon = True
-        watchdog.start()
+        self.data.beats[...], self.closed = 0, False
         if self.context == "spawn":  # its start would unblock them
             multiprocessing.resource_tracker.ensure_running()
         block_signals(True)  # until a worker has its own handlers
         try:
-            self.workers = AsyncVectorEnv(
+            super().__init__(
                 workers, shared_memory=False, context=self.context, worker=worker_main,
                 autoreset_mode=AutoresetMode.DISABLED,
             )  # fmt: skip
-        except BaseException:
-            kill_started()
-            raise
         finally:
             block_signals(False)
-            watchdog.cancel()
-            watchdog.join()
+
+    def _check_spaces(self) -> None:
+        """AsyncVectorEnv would wait here, without a limit, to learn what we know."""
 
     def close(self, kill: bool = False) -> None:
         """Lets the workers close their environments; ends those that do not in time, or all of them at once."""
-        workers, self.workers = self.workers, None
-        if workers is None:
-            return
         end = time.monotonic() + (0 if kill else CLOSING)
-        for pipe in workers.parent_pipes:
+        for pipe in self.parent_pipes if self.processes else ():
             with contextlib.suppress(OSError):
                 pipe.send(("close", None))
-        for process in workers.processes:
+        for process, pipe in zip(self.processes, self.parent_pipes if self.processes else ()):
             process.join(max(0.0, end - time.monotonic()))
             process.kill()  # not terminate(): a stopped process would never get to it
             process.join()
-        for pipe in workers.parent_pipes:
             pipe.close()
-        workers.closed = True
+        self.processes, self.closed = [], True
 
     def call(self, name: str, *args: Any) -> list[Any]:
         """Calls a method of every worker. After a fault, new workers continue where the last rollout ended."""
         for attempt in range(1, MAX_FAULTS + 1):
+            results: Sequence[Any] = ()
             try:
-                result = self.try_to_call(name, *args)
+                if not self.processes:
+                    self.start()
+                self.call_async("run", name, *args)
+                fault = self.wait()
+                results = () if fault else self.call_wait()
+            except (EOFError, OSError):
+                fault = self.dead_worker()
             except BaseException:  # Ctrl-C in an evaluation
                 self.close(kill=True)
                 raise
-            if isinstance(result, list):
-                return result
+            failed = [f"worker {i} failed:\n{result}" for i, result in enumerate(results) if isinstance(result, str)]
+            fault = fault or "".join(failed[:1])
+            if not fault:
+                return list(results)
             self.close(kill=True)
             self.restarts += 1
             if attempt < MAX_FAULTS:
-                warn(f"{result}; starting new workers where the last rollout ended")
-        raise TrainingError(f"gave up after {MAX_FAULTS} attempts without progress: {result}")
+                warn(f"{fault}; starting new workers where the last rollout ended")
+        raise TrainingError(f"gave up after {MAX_FAULTS} attempts without progress: {fault}")
 
-    def try_to_call(self, name: str, *args: Any) -> list[Any] | str:
-        """The results; or what is wrong with a worker that died, failed, or took no step for --worker-timeout."""
+    def wait(self) -> str | None:
+        """Waits for all workers' answers. Returns what is wrong if one takes no step for --worker-timeout."""
         beats, timeout = self.data.beats, self.args.worker_timeout
-        try:
-            if self.workers is None:
-                self.start()
-            self.workers.call_async("run", name, *args)
-            waiting = {pipe: i for i, pipe in enumerate(self.workers.parent_pipes)}
-            seen, since = beats.copy(), np.full(len(beats), time.monotonic())
-            while waiting:
-                for pipe in multiprocessing.connection.wait(list(waiting), timeout=min(0.5, timeout / 4)):
-                    del waiting[pipe]
-                since[beats != seen] = time.monotonic()
-                seen = beats.copy()
-                for i in waiting.values():
-                    if time.monotonic() - since[i] > timeout:
-                        return f"worker {i} took no step for {timeout:g} s"
-            results = list(self.workers.call_wait())
-        except (EOFError, OSError):
-            for process in () if self.workers is None else self.workers.processes:
-                process.join(0.2)
-                if code := process.exitcode:
-                    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                    return f"worker {process.name.split('-')[-1]} {how}"
-            return "a worker closed its pipe"
-        errors = [f"worker {i} failed:\n{result}" for i, result in enumerate(results) if isinstance(result, str)]
-        return errors[0] if errors else results
+        waiting = {pipe: i for i, pipe in enumerate(self.parent_pipes)}
+        seen, since = beats.copy(), np.full(len(beats), time.monotonic())
+        while waiting:
+            for pipe in multiprocessing.connection.wait(list(waiting), timeout=min(0.5, timeout / 4)):
+                del waiting[pipe]
+            since[beats != seen] = time.monotonic()
+            seen = beats.copy()
+            for i in waiting.values():
+                if time.monotonic() - since[i] > (timeout if seen[i] else max(timeout, STARTING)):
+                    return f"worker {i} took no step for {timeout:g} s"
+        return None
+
+    def dead_worker(self) -> str:
+        for i, process in enumerate(self.processes):
+            process.join(0.2)
+            if code := process.exitcode:
+                return f"worker {i} " + (f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}")
+        return "a worker closed its pipe"
 
     def load_policy(self, arrays: list[np.ndarray]) -> None:
         for i, array in enumerate(arrays):
@@ -1215,15 +1198,13 @@ class VecEnv:
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
         return Rollout(**{name: torch.from_numpy(getattr(data, name)) for name in names}, episodes=episodes)
 
-    def evaluate(
-        self, policy: list[np.ndarray], seeds: list[int], published: bool = False, stochastic: bool = False
-    ) -> list[tuple[float, int, bool]]:
-        """(undiscounted raw return, length, fell) of one episode per seed, deterministic unless `stochastic`.
+    def evaluate(self, policy: list[np.ndarray], seeds: list[int], published: bool = False) -> Episodes:
+        """One episode per seed with the deterministic policy: undiscounted raw return, length and fall of each.
 
         One episode each is a quota that favours no short ones (SB3 #402). The number of workers changes no bit.
         """
         self.load_policy(policy)
-        shares = self.call("evaluate", seeds, self.num_workers, published, stochastic)
+        shares = self.call("evaluate", seeds, self.num_workers, published)
         episodes = sorted(itertools.chain.from_iterable(shares))
         for i, ret, *_ in episodes:
             if not math.isfinite(ret):
@@ -1249,19 +1230,19 @@ FINISH = (stock.TERRAIN_LENGTH - stock.TERRAIN_GRASS) * stock.TERRAIN_STEP
 
 
 class Walker(stock.BipedalWalker):
-    """BipedalWalker with a new Box2D world at each reset, as LunarLander has it; and, if `fast`, with less Python.
+    """BipedalWalker with a new Box2D world at each reset, as LunarLander has it, and less Python in a step.
 
     The published one reuses its world: the order of its contacts, and with it the last bits of a trajectory, depend on
     the episodes before. In a fresh world an episode is a function of its seed and actions alone.
 
-    A fast one is the same to the bit, in less than half the time. The walkers of one worker are stepped together
-    (step_walkers): Box2D one by one, their lidars in one NumPy ray cast over the terrain instead of ten Python
-    callbacks each. tests/test_walker.py compares every bit, and fast_walker_agrees does so at each start.
+    The walkers of one worker are stepped together (step_walkers): Box2D one by one, their lidars in one NumPy ray cast
+    over the terrain instead of ten Python callbacks each. The bits are the published ones (tests/test_walker.py), in
+    less than half the time.
     """
 
-    def __init__(self, fast: bool, max_episode_steps: int, **kwargs: Any) -> None:
+    def __init__(self, max_episode_steps: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.fast, self.max_episode_steps = fast, max_episode_steps
+        self.max_episode_steps = max_episode_steps
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self.world.contactListener = None  # breaks the cycle world, listener, environment: it holds C++ memory
@@ -1271,17 +1252,11 @@ class Walker(stock.BipedalWalker):
         return result
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.floating, bool, bool, dict]:
-        if self.fast:
-            obs, reward, terminated, truncated = step_walkers([self], np.asarray(action)[None])
-            return obs[0], reward[0], bool(terminated[0]), bool(truncated[0]), {}
-        obs, reward, terminated, _, info = super().step(action)
-        self.elapsed += 1
-        return obs, reward, terminated, self.elapsed >= self.max_episode_steps, info
+        obs, reward, terminated, truncated = step_walkers([self], np.asarray(action)[None])
+        return obs[0], reward[0], bool(terminated[0]), bool(truncated[0]), {}
 
     def _generate_terrain(self, hardcore: bool) -> None:
         super()._generate_terrain(hardcore)
-        if not self.fast:
-            return
         points = np.array([self.terrain_x, self.terrain_y], np.float32)  # (2, 200)
         # (vertex x, y, edge x, y, normal x, y, squared length) of each edge
         self.edges = np.concatenate((points[:, :-1], *edge_vectors(points[:, :-1], points[:, 1:])))
@@ -1399,23 +1374,6 @@ def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.nda
     return fractions
 
 
-def fast_walker_agrees(args: Options, steps: int = 200) -> bool:
-    """Whether the fast walker gives the published one's bits on this machine (a fused multiply-add would not)."""
-    rng, args, done = np.random.default_rng(0), dataclasses.replace(args, wrappers=()), True
-    fast = make_env(args, fast=True)
-    for step in range(steps):
-        if done:
-            published = make_env(args, published=True)  # anew: its world must be fresh, too
-            pairs = [(env.reset(seed=step)[0], 0, False) for env in (published, fast)]
-        else:
-            action = rng.uniform(-1, 1, 4).astype(np.float32)
-            pairs = [env.step(action)[:3] for env in (published, fast)]
-        (obs, reward, done), (fast_obs, fast_reward, fast_done) = pairs
-        if not np.array_equal(obs, fast_obs) or reward != fast_reward or done != fast_done:
-            return False
-    return True
-
-
 # Practice. A place is a row of float64 numbers: seed of the course (0: no place), episode length and return there, the
 # length at which practice is cut off, walker_state, observation.
 
@@ -1437,12 +1395,6 @@ class Practice(Worker):
     """
 
     memory_size = (1 + PRACTICE_FALLS) * PLACE + 2
-
-    @staticmethod
-    def check_memory(memory: np.ndarray) -> None:
-        places = memory[:, :-2].reshape(-1, PLACE)
-        if not ((places[:, 0] >= 0) & (places[:, 0] < 2**32) & (np.abs(places[:, 1:]) < 1e4).all(1)).all():
-            raise ValueError("a place to practise at is on no course")  # Box2D would not come back from far away
 
     def restore(self) -> None:
         # The last places of a whole course, as long before a fall as it may be.
@@ -1466,7 +1418,8 @@ class Practice(Worker):
             due = len(falls) and self.steps[i, 1] < self.args.practice * self.steps[i].sum()
             self.places[i, 0] = falls[episode % len(falls)] if due else 0.0
         place = self.places[i, 0]
-        if not place[0]:
+        self.practising[i] = 0 < place[0] < 2**32 and (np.abs(place[1:]) < 1e4).all()  # a crafted one: Box2D would hang
+        if not self.practising[i]:
             return super().begin(i, episode)
         reset_env(self.envs[i], int(place[0]))
         put_back(self.envs[i], place[4:37])
@@ -1477,7 +1430,7 @@ class Practice(Worker):
     def step(self, some: slice, actions: np.ndarray) -> Steps:
         obs, rewards, terminated, truncated = super().step(some, actions)
         first, lengths, places = some.start or 0, self.lengths[some], self.places[some]
-        practising = places[:, 0, 0] > 0
+        practising = self.practising[some]
         truncated |= practising & (lengths >= places[:, 0, 3])
         fell = terminated & (rewards <= FALL)
         for i in np.flatnonzero(~practising & ~fell & (lengths % PRACTICE_EVERY == 0)) + first:
@@ -1493,9 +1446,6 @@ class Practice(Worker):
         for i in np.flatnonzero(terminated | truncated):
             self.steps[first + i, int(practising[i])] += lengths[i] - places[i, 0, 1]
         return obs, rewards, terminated, truncated
-
-    def is_practice(self, i: int) -> bool:
-        return bool(self.places[i, 0, 0])
 
 
 def walker_state(env: gym.Env) -> list[float]:
@@ -1523,8 +1473,8 @@ def put_back(env: gym.Env, state: np.ndarray) -> None:
 
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
 
-FORMAT = "ppo_vec 2"
-READABLE = (FORMAT, "ppo_vec 1")  # of "ppo_vec 1" only the policy
+FORMAT = f"ppo_vec 3 {Distribution.__name__}"
+READABLE = (FORMAT, "ppo_vec 2", "ppo_vec 1")  # of the older ones only the policy
 MAGIC = b"ppo_vec1"  # before the digest that follows the checkpoint's bytes
 MAX_BYTES = 2**31  # of a file that is read
 PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict"  # what a checkpoint's pickle calls
@@ -1561,10 +1511,11 @@ class State:
         self.train_time_s = 0.0  # rollouts and updates
         self.wall_time_s = 0.0  # with evaluations and files, until `started`; see wall_time()
         self.evaluations: list[dict[str, Any]] = []
+        row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0, False)], task.goal), "mean": -math.inf}
+        self.best = {"agent": copy.deepcopy(self.agent.state_dict()), "evaluation": row}  # by periodic evaluations
         self.selection_episodes = 0  # evaluation episodes so far, each on a seed of its own
         self.selection_steps = 0  # their steps, without those that confirm a solve
         self.evaluation_steps = 0  # all steps of evaluations
-        self.candidates: list[dict[str, Any]] = []  # the best policies so far, {"agent": weights, "evaluation": row}
         self.solved_at_step: int | None = None
         self.solved_at_s: float | None = None
         self.finished = False
@@ -1589,14 +1540,10 @@ class State:
         """Raises UserError if `saved` does not fit this agent and environment."""
         try:
             check_same_kind(saved, {**self.state_dict(), "args": saved["args"]})
-            row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0, False)], self.task.goal)}
             for evaluation in saved["evaluations"]:
-                check_same_kind(evaluation, row)
-            for candidate in saved["candidates"]:
-                check_same_kind(candidate, {"agent": self.agent.state_dict(), "evaluation": row})
+                check_same_kind(evaluation, self.best["evaluation"])
             for chunk in itertools.chain(*saved["envs"]["actions"]):
                 check_same_kind(chunk, torch.empty(len(chunk), self.task.action_dim))
-            worker_class(self.args).check_memory(saved["envs"]["memory"].numpy())
             for name, own in vars(self).items():
                 if isinstance(own, nn.Module):
                     own.load_state_dict(saved[name])
@@ -1623,32 +1570,11 @@ def check_same_kind(saved: Any, own: Any, name: str = "it") -> None:
             check_same_kind(saved[key], own[key], str(key))
     elif type(saved) is not type(own) and not (own is None and type(saved) in (int, float)):
         raise ValueError(f"{name} is a {type(saved).__name__}")
-    elif isinstance(own, Tensor):
-        if (saved.shape, saved.dtype) != (own.shape, own.dtype):
-            raise ValueError(f"{name} has another shape or type")
-    elif isinstance(own, list) and own and name in ("optimizers", "actions"):
+    elif isinstance(own, Tensor) and (saved.shape, saved.dtype) != (own.shape, own.dtype):
+        raise ValueError(f"{name} has another shape or type")
+    elif isinstance(own, list) and name in ("optimizers", "actions"):
         for parts in zip(saved, own, strict=True):
-            check_same_kind(*parts, name)
-
-
-@torch.no_grad()
-def check_copy(agent: Agent, task: Task, args: Args) -> None:
-    """Raises TrainingError where Policy does not act as the agent does, as after a change of one of them only."""
-    try:
-        with torch.random.fork_rng(devices=[]):  # on random weights and statistics: at first many are 0 or 1
-            torch.manual_seed(0)
-            probe = copy.deepcopy(agent).cpu()
-            for tensor in (*probe.parameters(), probe.normalizer.mean):
-                tensor += 0.3 * torch.randn(tensor.shape)
-            probe.normalizer.var *= 1 + torch.rand(probe.normalizer.var.shape)
-            obs = 9 * torch.randn(2 * TILE, task.obs_dim + task.extra_dim)
-        expected = probe.policy(probe.normalizer(obs)).numpy()
-        policy = Policy(policy_arrays(probe.state_dict()), args.activation, task.low, task.high)
-        same = np.allclose(policy.forward(obs[:, : task.obs_dim].numpy()), expected, rtol=1e-3, atol=1e-3)
-    except (ValueError, IndexError, KeyError):  # a layer that Policy does not know
-        same = False
-    if not same:
-        raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
+            check_same_kind(*parts)
 
 
 def policy_dict(agent: Agent, args: Options, task: Task) -> dict[str, Any]:
@@ -1662,23 +1588,18 @@ def policy_dict(agent: Agent, args: Options, task: Task) -> dict[str, Any]:
     }
 
 
-def open_regular(path: Path, mode: str) -> Any:
-    """open(), but never through a link or of a device: a run folder may come from a stranger. Raises OSError."""
-    flags = {"rb": os.O_RDONLY, "r+b": os.O_RDWR | os.O_CREAT, "xb": os.O_WRONLY | os.O_CREAT | os.O_EXCL}[mode]
-    extra = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
-    descriptor = os.open(path, functools.reduce(int.__or__, extra, flags), 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(0, "is no regular file", str(path))
-    return os.fdopen(descriptor, mode.replace("x", "w"))
-
-
 def read_file(path: Path) -> bytes:
     """Raises OSError, also for what is no regular file or too large."""
-    with open_regular(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size > MAX_BYTES:
-            raise OSError(0, "is too large", str(path))
-        return file.read()
+    if is_odd(path):
+        raise OSError(0, "is no regular file")
+    if path.stat().st_size > MAX_BYTES:
+        raise OSError(0, "is too large")
+    return path.read_bytes()
+
+
+def is_odd(path: Path) -> bool:
+    """Whether it is a link, a device or the like: a run folder may come from a stranger."""
+    return path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -1695,9 +1616,9 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
     Raises TrainingError where that fails, as on a full disk.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with cannot_write(path):
         temporary.unlink(missing_ok=True)
-        with open_regular(temporary, "xb") as file:
+        with open(temporary, "xb") as file:  # a new file: through no link
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -1708,14 +1629,17 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
             folder = os.open(path.parent, os.O_DIRECTORY)
             os.fsync(folder)
             os.close(folder)
+
+
+@contextlib.contextmanager
+def cannot_write(path: Path) -> Iterator[None]:
+    """Makes an OSError a TrainingError that tells what to do: the one answer to a full disk."""
+    try:
+        yield
     except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> TrainingError:
-    whole = (path.parent / "checkpoint.pt").exists() or (path.parent / "checkpoint.previous.pt").exists()
-    help = f"; mend that, and --resume {path.parent} loses nothing" if whole else ""
-    return TrainingError(f"cannot write {path}: {error.strerror}{help}")
+        whole = any((path.parent / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+        help = f"; mend that, and --resume {path.parent} loses nothing" if whole else ""
+        raise TrainingError(f"cannot write {path}: {error.strerror}{help}") from error
 
 
 def encode(tree: dict[str, Any]) -> bytes:
@@ -1730,7 +1654,7 @@ def decode(data: bytes) -> dict[str, Any]:
     """Raises ValueError, saying why, for bytes that are not an intact checkpoint. Executes nothing.
 
     The digest tells that a file is intact, not who made it. A stranger's must not cost more than its size: nothing is
-    compressed, lies on top of something else, or is made by calling anything but the parts of a plain tensor.
+    compressed, calls anything but the parts of a plain tensor, or is larger than what is stored of it.
     """
     body, tail = data[: -len(MAGIC) - 32], data[-len(MAGIC) - 32 :]
     if not tail.startswith(MAGIC):
@@ -1739,10 +1663,9 @@ def decode(data: bytes) -> dict[str, Any]:
         raise ValueError("is damaged: its digest does not match")
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as archive, warnings.catch_warnings():
-            infos = archive.infolist()
-            if sum(info.file_size for info in infos) > len(body):
+            if sum(info.file_size for info in archive.infolist()) > len(body):
                 raise ValueError
-            (pickled,) = (info.filename for info in infos if info.filename.lower().endswith("/data.pkl"))
+            (pickled,) = (name for name in archive.namelist() if name.lower().endswith("/data.pkl"))
             for opcode, called, _ in pickletools.genops(archive.read(pickled)):
                 if "GLOBAL" in opcode.name and not re.fullmatch(PLAIN, str(called)):
                     raise ValueError
@@ -1825,14 +1748,9 @@ def load_policy(where: str | Path) -> Policy:
 def policy_of(tree: dict[str, Any]) -> Policy:
     """The policy in a checkpoint, whatever version of ppo_vec has written it. Raises UserError."""
     try:
-        tensors = {
-            name: tensor
-            for name, tensor in tree["agent"].items()
-            if name.startswith(("actor.", "distribution.", "normalizer."))
-        }
-        if not all(tensor.isfinite().all() for tensor in (*tensors.values(), tree["low"], tree["high"])):
+        arrays = policy_arrays(tree["agent"])
+        if not all(np.isfinite(array).all() for array in (*arrays, tree["low"].numpy(), tree["high"].numpy())):
             raise ValueError("its weights are not finite")
-        arrays = policy_arrays(tensors)
         policy = Policy(arrays, tree["args"]["activation"], tree["low"].numpy(), tree["high"].numpy())
         if policy(np.zeros((1, len(policy.obs_mean)), np.float32)).shape != (1, len(policy.low)):
             raise ValueError("its shapes do not fit")
@@ -1846,9 +1764,6 @@ def policy_of(tree: dict[str, Any]) -> Policy:
 EVALUATIONS = 20  # periodic evaluations a run, at most
 EVALUATION_SHARE = 0.16  # their steps, as a share of those trained; without an update a step costs a third
 ROUNDS = (10, 20, 100)  # episodes of a periodic evaluation; the second and third only where the task may be solved
-KEPT, HEAT, FINALISTS = 8, 40, 3  # candidates kept for the final choice; episodes that choose its finalists; how many
-
-Episodes = list[tuple[float, int, bool]]  # (return, length, fell) of each
 
 
 def summarize(episodes: Episodes, goal: float | None) -> dict[str, Any]:
@@ -1871,7 +1786,7 @@ def should_evaluate(state: State, args: Options) -> bool:
     last = state.evaluations[-1]["global_step"] if state.evaluations else 0
     spaced = state.global_step - last >= args.total_timesteps / EVALUATIONS
     affordable = state.selection_steps <= EVALUATION_SHARE * state.global_step
-    return spaced and affordable and state.global_step < args.total_timesteps  # choose_and_test has the last weights
+    return spaced and affordable and state.global_step < args.total_timesteps  # deliver() has the last weights
 
 
 def play(envs: VecEnv, state: State, weights: dict[str, Tensor], first: int, count: int, **how: Any) -> Episodes:
@@ -1897,70 +1812,57 @@ def evaluate(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
             state.solved_at_step, state.solved_at_s = state.global_step, state.wall_time()
     row = {"global_step": state.global_step, "time_s": state.wall_time(), **summarize(episodes, goal)}
     state.evaluations.append(row)
-    state.candidates.append({"agent": weights, "evaluation": row})
-    keep_best(state, folder)
+    if rank(row) > rank(state.best["evaluation"]):
+        state.best = {"agent": weights, "evaluation": row}
+        write_best(state, folder)
     log.evaluation(state, row)
-    write_summary(envs, state, folder, state.candidates[0]["evaluation"], row)
+    write_summary(envs, state, folder, state.best["evaluation"], row)
 
 
-def rank(candidate: dict[str, Any]) -> float:
+def rank(evaluation: dict[str, Any]) -> float:
     """Its mean return less one standard error: between two equal means, the one without a fall was no luck."""
-    evaluation = candidate["evaluation"]
     return evaluation["mean"] - evaluation["std"] / math.sqrt(evaluation["episodes"])
 
 
-def keep_best(state: State, folder: Path) -> None:
-    """Keeps the few best candidates; best.pt is the first of them."""
-    state.candidates = sorted(state.candidates, key=rank, reverse=True)[:KEPT]
-    write_file(folder / "best.pt", encode({**policy_dict(state.agent, state.args, state.task), **state.candidates[0]}))
+def write_best(state: State, folder: Path) -> None:
+    write_file(folder / "best.pt", encode({**policy_dict(state.agent, state.args, state.task), **state.best}))
 
 
-def choose_and_test(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
-    """The end of a run: the choice of what it delivers, and the test of that and of the last weights.
+def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
+    """The end of a run: what it delivers, and its test.
 
-    A few periodic episodes cannot tell a policy that falls once in fifty from one that falls once in ten. So the
-    candidates meet on fresh selection seeds; and the best of them, the last weights and, with --swa-share, their mean
-    on more. The winner is best.pt. The test, on other seeds and the published environment, chooses nothing.
+    That is the last weights, or with --swa-share their mean, unless the best policy of the periodic evaluations is
+    better on fresh selection seeds, as after a training that went wrong late. The test, on other seeds and the
+    published environment, chooses nothing.
     """
     args, goal, step = state.args, state.task.goal, state.global_step
-
-    def compete(candidates: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-        """The candidates with the results of fresh episodes, the best first."""
-        for c in candidates:
-            result = summarize(play(envs, state, c["agent"], SELECTION_SEEDS + state.selection_episodes, count), goal)
-            step = c["evaluation"]["global_step"]
-            c["evaluation"] = {"global_step": step, "time_s": state.wall_time(), **result}
-            what = "mean weights up to" if c is average else "weights of"
-            say(f"choosing: {what} step {step}: {summary_text(result)}")
-        state.selection_episodes += count
-        return sorted(candidates, key=rank, reverse=True)
-
-    last, average = (
-        {"agent": copy.deepcopy(net.state_dict()), "evaluation": {"global_step": step}}
-        for net in (state.agent, state.average.module)
-    )
-    others = [c for c in state.candidates if c["evaluation"]["global_step"] != step]
-    if len(others) > FINALISTS:
-        others = compete(others, min(HEAT, args.eval_episodes))[:FINALISTS]
-    state.candidates = compete([last, *[average] * bool(args.swa_share), *others], 2 * args.eval_episodes)
-    row, best = last["evaluation"], state.candidates[0]
+    source = state.average.module if args.swa_share else state.agent
+    last = {"agent": copy.deepcopy(source.state_dict()), "evaluation": {"global_step": step}}
+    contenders = [last, *[state.best] * bool(state.evaluations)]
+    for policy in contenders:
+        episodes = play(envs, state, policy["agent"], SELECTION_SEEDS + state.selection_episodes, args.eval_episodes)
+        of = {"global_step": policy["evaluation"]["global_step"], "time_s": state.wall_time()}
+        policy["evaluation"] = {**of, **summarize(episodes, goal)}
+    state.selection_episodes += args.eval_episodes
+    row, state.best = last["evaluation"], max(contenders, key=lambda policy: rank(policy["evaluation"]))
     if goal is not None and not state.solved_at_step and row["mean"] >= goal and row["episodes"] >= ROUNDS[-1]:
         state.solved_at_step, state.solved_at_s = step, state.wall_time()
     state.evaluations.append(row)
     log.evaluation(state, row)
-    keep_best(state, folder)
+    write_best(state, folder)
 
     last_test = test = play(envs, state, last["agent"], TEST_SEEDS, args.eval_episodes, published=True)
-    if best is not last:
-        test = play(envs, state, best["agent"], TEST_SEEDS, args.eval_episodes, published=True)
+    what = f"the last weights{', averaged' * bool(args.swa_share)}"
+    say(f"test on unseen episodes of the published environment: {what}: {summary_text(summarize(test, goal))}")
+    if state.best is not last:
+        test = play(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True)
+        what = f"an earlier policy, of step {state.best['evaluation']['global_step']}"
+    last_result, result = summarize(last_test, goal), summarize(test, goal)
+    say(f"delivered: {what}: {summary_text(result)}")
     rows = [f"{TEST_SEEDS + i},{ret!r},{length},{fell}\n" for i, (ret, length, fell) in enumerate(test)]
     write_file(folder / "evaluation.csv", "".join(("seed,return,length,fell\n", *rows)).encode())
-    last_result, result = summarize(last_test, goal), summarize(test, goal)
-    what = "mean weights up to" if best is average else "weights of"
-    say(f"test on unseen episodes of the published environment: last weights {summary_text(last_result)}")
-    say(f"delivered policy, {what} step {best['evaluation']['global_step']}: {summary_text(result)}")
     if args.capture_video:
-        policy = Policy(policy_arrays(best["agent"]), args.activation, state.task.low, state.task.high)
+        policy = Policy(policy_arrays(state.best["agent"]), args.activation, state.task.low, state.task.high)
         say(f"video: {record_video(args, policy, folder, TEST_SEEDS)}")
     state.finished = True
     write_summary(envs, state, folder, result, last_result)
@@ -1977,7 +1879,7 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path
     temporary = path.with_name(f"{path.stem}.tmp.mp4")
     try:
         path.parent.mkdir(exist_ok=True)
-        if path.parent.is_symlink():
+        if is_odd(path.parent):
             raise ValueError("videos is a link")
         temporary.unlink(missing_ok=True)
         env = make_env(args, published=True, render_mode="rgb_array")
@@ -2057,76 +1959,58 @@ def write_summary(envs: VecEnv, state: State, folder: Path, best: dict[str, Any]
 
 
 class Log:
-    """TensorBoard's event file, episodes.csv, the progress bar and Weights and Biases; at the end, the picture.
+    """TensorBoard's event file, episodes.csv, the progress bar and Weights and Biases.
 
     Both files only grow. A resumed run cuts off what was written after its checkpoint, so that there is one event file
     and one axis, and no step comes twice (SB3 #433, #975). Raises TrainingError where the disk is full.
     """
 
     def __init__(self, folder: Path, state: State) -> None:
-        self.folder, self.args, self.steps_before = folder, state.args, state.global_step
+        self.args, self.steps_before = state.args, state.global_step
         self.started = self.clock = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.recent: deque[tuple[float, int]] = deque(maxlen=100)  # (return, length) of the last episodes
+        self.wandb = start_wandb(self.args) if self.args.track else None
+        before, summary = read_json(folder / "args.json"), read_json(folder / "summary.json")
+        earlier = before.pop("earlier", [])
+        earlier = (earlier if isinstance(earlier, list) else []) + [before] * bool(before)
+        info = {**describe_run(self.args), "earlier": earlier}
+        write_file(folder / "args.json", json.dumps(info, indent=2).encode())
+        if summary.get("finished"):  # a finished run that goes on
+            write_file(folder / "summary.json", json.dumps({**summary, "finished": False}, indent=2).encode())
         events = sorted(folder.glob("events.out.tfevents.*"))
         path = events[0] if events else folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}"
         self.paths = {"events": path, "episodes": folder / "episodes.csv"}
-        self.files: dict[str, Any] = {}
-        self.wandb = self.bar = None
         headers = self.record(file_version="brain.Event:2"), b"global_step,time_s,return,length,env\n"
+        self.files: dict[str, Any] = {}
         for (name, path), header in zip(self.paths.items(), headers):
-            try:
-                file = self.files[name] = open_regular(path, "r+b")
-                file.truncate(min(state.log_sizes[name], os.fstat(file.fileno()).st_size))
+            with cannot_write(path):
+                file = self.files[name] = open(path, "ab")  # noqa: SIM115
+                file.truncate(min(state.log_sizes[name], file.tell()))
                 if file.seek(0, os.SEEK_END) == 0:  # new, or lost
                     file.write(header)
-            except OSError as error:
-                raise cannot_write(path, error) from error
+        tuned = " ".join(f"{flag(k)} {getattr(self.args, k)}" for k in TUNED.get(self.args.env_id, ()))
+        say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}; {tuned or 'no tuned values'}")
+        self.bar = progress_bar(self.args.total_timesteps, self.steps_before, "step")
 
-    def __enter__(self) -> Log:
-        args = self.args
-        if args.track:
-            import wandb
-
-            try:
-                name = args.run_name
-                self.wandb = wandb.init(project="ppo_vec", name=name, id=name, resume="allow", config=vars(args))
-            except Exception as error:  # not logged in, no network, an id that it refuses
-                raise UserError(f"--track: {one_line(error)}") from error
-        before, summary = read_json(self.folder / "args.json"), read_json(self.folder / "summary.json")
-        earlier = before.pop("earlier", [])
-        earlier = [*(earlier if isinstance(earlier, list) else []), *([before] if before else [])]
-        info = {**describe_run(args), "earlier": earlier}
-        write_file(self.folder / "args.json", json.dumps(info, indent=2).encode())
-        if summary.get("finished"):  # a finished run that goes on
-            write_file(self.folder / "summary.json", json.dumps({**summary, "finished": False}, indent=2).encode())
-        tuned = " ".join(f"{flag(k)} {getattr(args, k)}" for k in TUNED.get(args.env_id, ()))
-        say(f"{args.env_id}, seed {args.seed}, in {self.folder}; {tuned or 'no tuned values'}")
-        self.bar = progress_bar(args.total_timesteps, self.steps_before, "step")
-        return self
-
-    def write(self, name: str, data: bytes) -> None:
-        try:
-            self.files[name].write(data)
-        except OSError as error:
-            raise cannot_write(self.paths[name], error) from error
-
-    def flush(self, sync: bool = False) -> dict[str, int]:
-        """Hands everything to the system, with `sync` to the disk itself. Returns the sizes of the files."""
-        for name, file in self.files.items():
-            try:
-                file.flush()
-                _ = sync and os.fsync(file.fileno())
-            except OSError as error:
-                raise cannot_write(self.paths[name], error) from error
-        return {name: file.tell() for name, file in self.files.items()}
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         for closed in (self.bar, *self.files.values()):
             with contextlib.suppress(OSError):
                 closed.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+    def write(self, name: str, data: bytes) -> None:
+        with cannot_write(self.paths[name]):
+            self.files[name].write(data)
+
+    def flush(self, sync: bool = False) -> dict[str, int]:
+        """Hands everything to the system, with `sync` to the disk itself. Returns the sizes of the files."""
+        for name, file in self.files.items():
+            with cannot_write(self.paths[name]):
+                file.flush()
+                _ = sync and os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self.files.items()}
 
     def lap(self, name: str) -> None:
         """The time since the last lap was spent on `name`."""
@@ -2134,6 +2018,7 @@ class Log:
         self.seconds[name], self.clock = now - self.clock, now
 
     def record(self, **fields: Any) -> bytes:
+        """An entry of TensorBoard's event file."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -2153,8 +2038,7 @@ class Log:
         """One iteration: TensorBoard, episodes.csv, progress bar. Every tag is explained in the README."""
         rollout_s, update_s = self.seconds["rollout"], self.seconds["update"]
         state.train_time_s += rollout_s + update_s
-        whole = [e for e in rollout.episodes if not e["practice"]]
-        for e in whole:
+        for e in (whole := [e for e in rollout.episodes if not e["practice"]]):
             tags = {"charts/episodic_return": e["return"], "charts/episodic_length": float(e["length"])}
             self.scalars(e["global_step"], tags)
             line = f"{e['global_step']},{state.wall_time():.3f},{e['return']!r},{e['length']},{e['env']}\n"
@@ -2167,12 +2051,11 @@ class Log:
             "time/rollout_s": rollout_s,
             "time/update_s": update_s,
             "policy/learning_rate": now.learning_rate,
-            "policy/action_std": mean_std(state.agent, rollout),
             **{f"losses/{name}": value for name, value in metrics.items()},
         }
-        for tag, some in (("fall_rate", whole), ("practice_fall_rate", [e for e in rollout.episodes if e["practice"]])):
-            if some:
-                values[f"charts/{tag}"] = sum(e["fell"] for e in some) / len(some)
+        practised = [e for e in rollout.episodes if e["practice"]]
+        for tag, episodes in (("charts/fall_rate", whole), ("charts/practice_fall_rate", practised)):
+            values |= {tag: float(np.mean([e["fell"] for e in episodes]))} if episodes else {}
         self.scalars(state.global_step, values)
         self.flush()
         with contextlib.suppress(OSError):  # stderr may be a file on a full disk
@@ -2188,20 +2071,19 @@ class Log:
         say(f"step {state.global_step}: evaluation {summary_text(row)}")
 
 
-@torch.no_grad()
-def mean_std(agent: Agent, rollout: Rollout) -> float:
-    """The mean standard deviation of the actions, in units of the bounds."""
-    return float(agent.distribution.mean_logstd(agent.policy(agent.normalizer(rollout.obs[:-1])))[1].exp().mean())
+def start_wandb(args: Options) -> Any:
+    import wandb
+
+    try:
+        return wandb.init(project="ppo_vec", name=args.run_name, id=args.run_name, resume="allow", config=vars(args))
+    except Exception as error:  # not logged in, no network, an id that it refuses
+        raise UserError(f"--track: {one_line(error)}") from error
 
 
 def describe_run(args: Options) -> dict[str, Any]:
     """Every argument and everything else that a result depends on."""
-
-    git, commit, cpu = (
-        ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"),
-        None,
-        "",
-    )
+    git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"
+    commit, cpu = None, platform.processor() or platform.machine()
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     with contextlib.suppress(OSError, IndexError):
@@ -2213,7 +2095,7 @@ def describe_run(args: Options) -> dict[str, Any]:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version(), **{k: str(v.__version__) for k, v in versions.items()}},
         "git_commit": commit,
-        "cpu": cpu or platform.processor() or platform.machine(),
+        "cpu": cpu,
         "kernels": {"torch": torch.backends.cpu.get_cpu_capability(), **kernels},
         "cores": usable_cores(),
         "gpu": torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else None,
@@ -2257,9 +2139,7 @@ CHANGEABLE = {  # on --resume; whatever else changed would make it another run
     "total_timesteps", "num_workers", "worker_timeout", "track", "capture_video", "eval_episodes", "cuda", "resume",
     "runs_dir",
 }  # fmt: skip
-CHOSEN = {  # on --evaluate
-    "num_workers", "worker_timeout", "capture_video", "eval_episodes", "stochastic", "evaluate", "runs_dir",
-}  # fmt: skip
+CHOSEN = {"num_workers", "worker_timeout", "capture_video", "eval_episodes", "evaluate", "runs_dir"}  # on --evaluate
 UNTRUSTED = {"track", "num_workers", "capture_video", "runs_dir", "run_name"}  # not taken from a checkpoint
 GRACE = 5.0  # seconds that an iteration has to finish after a signal
 
@@ -2307,8 +2187,7 @@ def validate(args: Options) -> None:
         (args.minibatch_size > 1, "--num-minibatches leaves one sample a minibatch: no advantage to normalise"),
         (args.resume is None or args.evaluate is None, "--resume and --evaluate exclude each other"),
         ("" not in (args.resume, args.evaluate), "--resume and --evaluate need a run folder"),
-        (args.evaluate is not None or not args.stochastic, "--stochastic belongs to --evaluate"),
-    ):  # fmt: skip
+    ):
         if not holds:
             raise UserError(message)
 
@@ -2334,8 +2213,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
     if where is None:
         env_id = next((name for name in TUNED if first.env_id == name.rsplit("-v", 1)[0]), first.env_id)
         tuned = {k: v for k, v in TUNED.get(env_id, {}).items() if not (k == "practice" and first.wrappers)}
-        args = tyro.cli(Options, args=argv, default=Options(env_id=env_id, **tuned))
-        args = dataclasses.replace(args, env_id=env_id)
+        args = dataclasses.replace(tyro.cli(Options, args=argv, default=Options(env_id=env_id, **tuned)), env_id=env_id)
         validate(args)
         return args, None, None
     path, tree = read_checkpoint(where, policy=first.evaluate is not None, runs_dir=first.runs_dir)
@@ -2380,40 +2258,37 @@ def evaluate_run(args: Options, task: Task, policy: Policy, folder: Path) -> Non
     workers = args.num_workers or usable_cores()
     args = dataclasses.replace(args, num_envs=4 * TILE * workers, num_workers=workers, num_steps=1, practice=0.0)
     seeds, episodes = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes)), []
-    bar = progress_bar(len(seeds), 0, "episode")
     envs = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim, 0), arrays)
-    with contextlib.closing(envs):
+    with contextlib.closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
         for start in range(0, len(seeds), args.num_envs):
             some = seeds[start : start + args.num_envs]
-            episodes += envs.evaluate(arrays, some, published=True, stochastic=args.stochastic)
+            episodes += envs.evaluate(arrays, some, published=True)
             bar.update(len(some))
-    bar.close()
-    how = "stochastic" if args.stochastic else "deterministic"
     length = np.mean([length for _, length, _ in episodes])
-    print(f"{args.env_id}, {how}: {summary_text(summarize(episodes, task.goal))}, mean length {length:.0f}")
+    print(f"{args.env_id}, deterministic: {summary_text(summarize(episodes, task.goal))}, mean length {length:.0f}")
     if args.capture_video:
         print(f"video: {record_video(args, policy, folder, TEST_SEEDS)}")
 
 
 def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> None:
     """Raises UserError for what this machine lacks, or a checkpoint of other sizes, before either costs anything."""
-    wandb, video = ("--track", "wandb"), ("--capture-video", "imageio[ffmpeg]")
-    needed = {"wandb": wandb} if args.track else {}
+    video = ("--capture-video", "imageio[ffmpeg]")
+    needed = {"wandb": ("--track", "wandb")} if args.track else {}
     needed |= {"imageio": video, "imageio_ffmpeg": video} if args.capture_video else {}
     for module, (name, package) in needed.items():
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"{name} needs a package: pip install '{package}'") from error
-    if args.evaluate is None and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+    if args.evaluate is not None:
+        return
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         # float32 numbers of a step: observations twice, actions and noise; and once more in torch's hands.
         size = 8 * args.batch_size * 2 * (task.obs_dim + task.extra_dim + task.action_dim)
         if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            raise UserError(
-                f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is a rollout of {size / 2**30:.0f} GiB, "
-                "more than this machine's memory"
-            )
-    if tree is not None and args.evaluate is None:
+            what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is a rollout of {size / 2**30:.0f} GiB"
+            raise UserError(f"{what}, more than this machine's memory")
+    if tree is not None:
         try:
             with torch.device("meta"):
                 own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args)
@@ -2443,10 +2318,9 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
         if received:
             end(number)
         received.append(number)
-        timer.args = (number,)
         timer.start()
 
-    timer = threading.Timer(GRACE, lambda number: None if state.finished else end(number))
+    timer = threading.Timer(GRACE, lambda: state.finished or end(received[0]))
     timer.daemon = True
     main_thread = threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
@@ -2475,18 +2349,17 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 break
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=5)  # a trainer that has just been stopped may still be ending
+        if odd := next(filter(is_odd, folder.iterdir()), None):
+            raise UserError(f"{odd} is no regular file; remove it")
+        lock = FileLock(folder / ".lock").acquire(timeout=5)  # a trainer that has just been stopped may still be ending
     except Timeout as error:
         raise UserError(f"another process is training in {folder}") from error
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder}: {error.strerror}") from error
-    try:
+    with lock:
         if new and any(file.suffix == ".pt" or file.name == "summary.json" for file in folder.iterdir()):
             raise UserError(f"{folder} already holds a run; --resume {folder} continues it")
         yield dataclasses.replace(args, run_name=name), folder
-    finally:
-        lock.release()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

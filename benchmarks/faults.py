@@ -739,7 +739,7 @@ def bench_fuzz(options: argparse.Namespace, folder: Path) -> Row:
 
 def bench_cost(options: argparse.Namespace, folder: Path) -> Row:
     """Steps a second of training at the defaults, with and without saving and watching, in turns."""
-    common = "ppo_vec.should_evaluate = lambda *_: False; ppo_vec.choose_and_test = lambda *_: None"
+    common = "ppo_vec.should_evaluate = lambda *_: False; ppo_vec.deliver = lambda *_: None"
     timed = f"""{common}
 import atexit, time
 real, spent = ppo_vec.save, [0.0]
@@ -752,9 +752,9 @@ atexit.register(lambda: print("saving took", spent[0], file=sys.stderr))"""
     bare = f"""{common}
 ppo_vec.save = ppo_vec.plot_learning_curve = lambda *_: None
 def call(envs, name, *args):
-    envs.workers or envs.start()
-    envs.workers.call_async("run", name, *args)
-    return list(envs.workers.call_wait())
+    envs.processes or envs.start()
+    envs.call_async("run", name, *args)
+    return list(envs.call_wait())
 ppo_vec.VecEnv.call = call"""
     speeds, shares = {"on": [], "off": []}, []
     for i in range(options.count or 4):

@@ -49,7 +49,7 @@ def make_args(**changed: Any) -> Options:
 def make_state(args: Options, task: ppo_vec.Task | None = None, seed: int = 0) -> State:
     """A state whose networks are far from their initialisation, and whose normaliser has seen something."""
     bound = np.ones(ACTIONS, np.float32)
-    state = State(args, task or ppo_vec.Task(OBS, 2 * args.critic_progress, -bound, bound, None, None, False), CPU)
+    state = State(args, task or ppo_vec.Task(OBS, 2 * args.critic_progress, -bound, bound, None, None), CPU)
     rng = torch.Generator().manual_seed(seed)
     for parameter in state.agent.parameters():
         parameter.data.normal_(0, 0.4, generator=rng)
@@ -290,7 +290,7 @@ def test_env_actions_stay_in_the_action_space(dtype: type) -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         space = gym.spaces.Box(*np.sort(rng.normal(size=(2, 4)), axis=0).astype(dtype), dtype=dtype)
-        policy = make_policy(ppo_vec.rounded(space.low, np.inf), ppo_vec.rounded(space.high, -np.inf))
+        policy = make_policy(*ppo_vec.float32_bounds(space))
         for actions in policy.env_action(np.repeat(np.float32([[-1], [0.3], [1]]), 4, axis=1)):
             assert actions.dtype == np.float32
             assert space.contains(actions.astype(dtype)), (space, actions)

@@ -157,7 +157,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
         for value in values.split()
     ),
     ("--seed -1", "--seed"), ("--fall-reward 1", "--fall-reward"), ("--final-gamma 1", "--final-gamma"),
-    ("--stochastic", "--stochastic"), ("--resume=", "--resume"), ("--evaluate=", "--evaluate"),
+    ("--resume=", "--resume"), ("--evaluate=", "--evaluate"),
     ("--num-steps 1e9", "more than this machine's memory"), ("--num-workers 5 --num-envs 4", "--num-workers"),
     ("--num-steps 100 --num-minibatches 7", "--num-minibatches must divide"),
     ("--num-envs 3 --num-workers 2 --num-steps 64 --num-minibatches 5", "--num-minibatches must divide"),
@@ -186,7 +186,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--resume RUN --num-envs 8", "--num-envs"), ("--resume RUN --seed 7", "--seed"),
     ("--resume RUN --gamma 0.5", "--gamma"), ("--resume RUN --actor-hidden-sizes 8", "--actor-hidden-sizes"),
     ("--resume RUN --wrappers a:b", "--wrappers"), ("--resume RUN --run-name x", "--run-name"),
-    ("--resume RUN --stochastic", "--stochastic"), ("--resume RUN --evaluate RUN", "--evaluate exclude each other"),
+    ("--resume RUN --evaluate RUN", "--evaluate exclude each other"),
     ("--resume RUN --total-timesteps 0", "--total-timesteps"), ("--resume RUN/args.json", "RUN/args.json"),
     ("--resume RUN/best.pt", "best.pt is another file"), ("--resume RUN/other.pt", "other.pt is another file"),
     ("--resume RUN/nothing", "RUN/nothing"), ("--evaluate RUN/args.json/x", "RUN/args.json/x"),
@@ -246,8 +246,8 @@ def test_env_kwargs_of_a_walker() -> None:
     """They reach every form of it."""
     args = ppo_vec.Options(env_kwargs='{"max_episode_steps": 9, "hardcore": true}')
     assert ppo_vec.make_task(args).max_episode_steps == 9
-    for form in ({"published": True}, {"fast": False}, {"fast": True}):
-        env = ppo_vec.make_env(args, **form)
+    for published in (True, False):
+        env = ppo_vec.make_env(args, published)
         ppo_vec.reset_env(env, 0)
         assert [env.step(np.zeros(4, np.float32))[3] for _ in range(9)] == [False] * 8 + [True]
         assert env.unwrapped.hardcore
@@ -479,28 +479,21 @@ def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "code"),
-    [
-        ("episodes.csv", 1), ("events*", 1), (".lock", 2), ("args.json", 0), ("args.json.tmp", 0), ("summary.json", 0),
-        ("checkpoint.pt.tmp", 0), ("best.pt", 0), ("best.pt.tmp", 0), ("checkpoint.previous.pt", 0),
-        ("learning_curve.png", 0), ("evaluation.csv.tmp", 0),
-    ],
-)  # fmt: skip
-def test_a_link_in_a_run_folder(name: str, code: int, tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Its victim keeps its content: the run ends with one line, or goes on without it."""
+    "name", ["episodes.csv", "events*", ".lock", "args.json.tmp", "best.pt", "checkpoint.previous.pt", "videos"]
+)
+def test_a_link_in_a_run_folder(name: str, tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Its victim keeps its content: nothing begins."""
     run, victim = Path(shutil.copytree(tiny_run, tmp_path / "run")), tmp_path / "victim"
     victim.write_bytes(b"mine\n" * 9999)
     path = next(run.glob(name), run / name)
     path.unlink(missing_ok=True)
     path.symlink_to(victim)
     before = digests(tmp_path)[str(victim)]
-    assert main("--resume", run, "--total-timesteps", "160") == code
+    capsys.readouterr()
+    assert_one_line(
+        main("--resume", run, "--total-timesteps", "160"), capsys.readouterr(), f"{path} is no regular file"
+    )
     assert digests(tmp_path)[str(victim)] == before
-    if code:
-        *_, last = capsys.readouterr().err.splitlines()
-        assert last.startswith("ppo_vec.py: error: cannot write")
-    else:
-        assert read(run / "checkpoint.pt")["global_step"] == 160
 
 
 def test_what_is_no_regular_file(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -543,7 +536,7 @@ TAGS = (
     "charts/episodic_return", "charts/episodic_length", "charts/eval_return", "charts/fall_rate",
     "charts/practice_fall_rate", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/old_approx_kl",
     "losses/approx_kl", "losses/clipfrac", "losses/explained_variance", "losses/policy_loss_grad_norm",
-    "losses/value_loss_grad_norm", "policy/learning_rate", "policy/action_std", "time/SPS", "time/SPS_rollout",
+    "losses/value_loss_grad_norm", "policy/learning_rate", "time/SPS", "time/SPS_rollout",
     "time/SPS_total", "time/rollout_s", "time/update_s",
 )  # fmt: skip
 
@@ -557,8 +550,7 @@ def test_tags(trained: Path) -> None:
     steps = [step for step, _ in scalars["time/SPS"]]
     assert steps == [step for step, _ in scalars["losses/policy_loss"]] == list(range(256, 4097, 256))
     rates = [value for _, value in scalars["policy/learning_rate"]]
-    assert rates == pytest.approx([2.5e-4 * (1 - (step - 256) / 4000) for step in steps])
-    assert all(0.4 < value < 0.6 for _, value in scalars["policy/action_std"])  # 0.5 at the start
+    assert rates == pytest.approx([2.5e-4 * min(1, 5 * (1 - (step - 256) / 4000)) for step in steps])  # --swa-share .4
 
 
 def test_episodes_csv(trained: Path) -> None:
@@ -583,14 +575,12 @@ def test_episodes_csv(trained: Path) -> None:
 
 def test_best_is_the_best(trained: Path) -> None:
     """By its mean less one standard error: a policy that once in a while falls may be lucky in a few episodes."""
-    falls, never = ({"evaluation": {"mean": 300.0, "std": std, "episodes": 100}} for std in (50.0, 1.0))
+    falls, never = ({"mean": 300.0, "std": std, "episodes": 100} for std in (50.0, 1.0))
     assert (ppo_vec.rank(falls), ppo_vec.rank(never)) == (295, pytest.approx(299.9))
     tree, best = read(trained / "checkpoint.pt"), read(trained / "best.pt")
-    ranks = [ppo_vec.rank(candidate) for candidate in tree["candidates"]]
-    assert len(ranks) > 1
-    assert ranks == sorted(ranks, reverse=True)
-    assert ppo_vec.rank(best) == ranks[0] >= ppo_vec.rank({"evaluation": tree["evaluations"][-1]})
-    assert all(torch.equal(best["agent"][name], w) for name, w in tree["candidates"][0]["agent"].items())
+    assert ppo_vec.rank(best["evaluation"]) >= ppo_vec.rank(tree["evaluations"][-1])
+    assert best["evaluation"] == tree["best"]["evaluation"]
+    assert all(torch.equal(best["agent"][name], w) for name, w in tree["best"]["agent"].items())
 
 
 def test_args_json(trained: Path) -> None:
@@ -619,9 +609,9 @@ def test_summary_json_and_evaluation_csv(trained: Path, tiny_run: Path) -> None:
     assert [list(row) for row in rows] == [["seed", "return", "length", "fell"]] * 2
     assert [row["seed"] for row in rows] == ["0", "1"]
     assert all((row["fell"] == "True") == (row["length"] != "1600") for row in rows)
-    # An evaluation of 10 episodes of 20 steps; 3 x 2 episodes that choose among it, the last weights and the mean
-    # weights; 1 that tests the last weights, and 1 more if others are delivered.
-    assert json.loads((tiny_run / "summary.json").read_text())["evaluation_steps"] in (20 * 17, 20 * 18)
+    # An evaluation of 10 episodes of 20 steps; 1 episode each that chooses between it and the last weights; 1 that
+    # tests the last weights, and 1 more if the other is delivered.
+    assert json.loads((tiny_run / "summary.json").read_text())["evaluation_steps"] in (20 * 13, 20 * 14)
 
 
 def test_files_that_others_read(trained: Path) -> None:
@@ -694,25 +684,20 @@ print(os.environ["OPENBLAS_CORETYPE"], name().decode())"""
 
 
 def test_evaluate(trained: Path, capsys: Capture) -> None:
-    """Deterministic by default: the same twice, and the same as the test at the end of training."""
+    """The same with any number of workers, and the same as the test at the end of training."""
     before = digests(trained)
     outputs = []
-    for extra in ([], ["--num-workers", "1"], ["--stochastic"], ["--stochastic"], ["--eval-episodes", "3"]):
+    for extra in ([], ["--num-workers", "1"], ["--eval-episodes", "3"]):
         assert main("--evaluate", trained, *extra) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
-    assert outputs[2] == outputs[3]
-    assert outputs[0].split(":")[1] != outputs[2].split(":")[1]
     summary = json.loads((trained / "summary.json").read_text())
     assert f"{summary['eval_mean']:.1f} +- {summary['eval_std']:.1f}" in outputs[0]
     assert "deterministic" in outputs[0]
-    assert "stochastic" in outputs[2].replace("deterministic", "")
-    assert "3 episodes" in outputs[4]
+    assert "3 episodes" in outputs[2]
     assert all(output.count("\n") == 1 for output in outputs)
-    # A checkpoint holds the last weights, best.pt and the folder the delivered ones.
-    for name, mean in (("checkpoint.pt", "last_eval_mean"), ("best.pt", "eval_mean")):
-        assert main("--evaluate", trained / name) == 0
-        assert f"{summary[mean]:.1f} +- " in capsys.readouterr().out
+    assert main("--evaluate", trained / "best.pt") == 0
+    assert f"{summary['eval_mean']:.1f} +- " in capsys.readouterr().out
     assert digests(trained) == before
 
 
@@ -821,7 +806,8 @@ def test_resume_continues_folder_counters_and_schedule(tmp_path: Path, monkeypat
     found = faults.differences(fingerprint(moved), fingerprint(whole))
     assert not found, found
     rates = fingerprint(moved)["scalars"]["policy/learning_rate"]
-    assert rates == [(40 * i, pytest.approx(5e-4 * (1 - 40 * (i - 1) / 300))) for i in range(1, 9)]
+    # With --swa-share .5 they are held until the last quarter.
+    assert rates == [(40 * i, pytest.approx(5e-4 * min(1, 4 - 160 * (i - 1) / 300))) for i in range(1, 9)]
 
 
 def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -842,7 +828,7 @@ def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: Patch) -> N
     losses, rates = (last["scalars"][tag] for tag in ("losses/policy_loss", "policy/learning_rate"))
     assert losses[:3] == first["scalars"]["losses/policy_loss"]
     # The schedule had come to its end, and goes back to where the longer one has it at that step.
-    assert [rate for _, rate in rates] == pytest.approx([5e-4, 3e-4, 1e-4, 2e-4, 1e-4])
+    assert [rate for _, rate in rates] == pytest.approx([5e-4, 5e-4, 4e-4, 5e-4, 4e-4])
     found = json.loads((run / "args.json").read_text())
     sessions = [*found["earlier"], found]
     assert [session["args"]["total_timesteps"] for session in sessions] == [100, 200, 200]

@@ -1,4 +1,4 @@
-"""The fast walker gives the published BipedalWalker's bits: observations, rewards, ends; and costs no memory.
+"""The trainer's walker gives the published BipedalWalker's bits: observations, rewards, ends; and costs no memory.
 
 The reference is Gymnasium's own environment, made anew for every episode: it keeps its world, and with it the order of
 its contacts, over resets.
@@ -6,8 +6,6 @@ its contacts, over resets.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import math
 import os
 import subprocess
@@ -20,11 +18,10 @@ import Box2D
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium.envs.box2d import bipedal_walker as stock
 
 import ppo_vec
-from ppo_vec import WALKERS, Options, State, VecEnv, Walker, collect, make_env, make_task, step_walkers, update
+from ppo_vec import WALKERS, Options, Walker, make_env, step_walkers
 
 NORMAL, HARDCORE = WALKERS
 STANDING = np.array([-1.0, -1.0, 1.0, 1.0])  # both legs against their stops: stands until the time limit
@@ -107,19 +104,16 @@ FLOAT32, FLOAT64 = np.float32, np.float64
 
 @pytest.mark.parametrize("env_id", WALKERS)
 @pytest.mark.parametrize(
-    ("fast", "step", "dtypes", "steps"),
+    ("step", "dtypes", "steps"),
     [
-        pytest.param(True, step_walkers, [FLOAT32] * 6, 20_000, id="fast, together, float32"),
-        pytest.param(True, step_walkers, [FLOAT64] * 6, 14_000, id="fast, together, float64"),
-        pytest.param(True, step_singly, [FLOAT32, FLOAT64, FLOAT32], 6000, id="fast, one by one"),
-        pytest.param(False, step_singly, [FLOAT32, FLOAT64, FLOAT32], 6000, id="in a fresh world"),
+        pytest.param(step_walkers, [FLOAT32] * 6, 20_000, id="together, float32"),
+        pytest.param(step_walkers, [FLOAT64] * 6, 14_000, id="together, float64"),
+        pytest.param(step_singly, [FLOAT32, FLOAT64, FLOAT32], 6000, id="one by one"),
     ],
 )
-def test_walkers_equal_the_published_environments(
-    env_id: str, fast: bool, step: Callable, dtypes: list[type], steps: int
-) -> None:
+def test_walkers_equal_the_published_environments(env_id: str, step: Callable, dtypes: list[type], steps: int) -> None:
     walks = [Walk(env_id, 1000 * i, dtype, standing=i == 0) for i, dtype in enumerate(dtypes)]
-    walkers = [make_env(Options(env_id=env_id), fast) for _ in walks]
+    walkers = [make_env(Options(env_id=env_id)) for _ in walks]
     for walker in walkers:
         walker.reset(seed=77)  # a walker that has been used is as good as a new one
     counts = compare(walks, walkers, step, steps)
@@ -135,13 +129,13 @@ def test_the_finish_line(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock, "TERRAIN_LENGTH", 40)
     monkeypatch.setattr(ppo_vec, "FINISH", (40 - stock.TERRAIN_GRASS) * stock.TERRAIN_STEP)
     walks = [Walk(NORMAL, 1000 * i, dtype, standing=False) for i in range(3)]
-    counts = compare(walks, [Walker(True, 1600) for _ in walks], step_walkers, 2000)
+    counts = compare(walks, [Walker(1600) for _ in walks], step_walkers, 2000)
     assert counts["finishes"] >= 1
 
 
 @pytest.mark.parametrize("action", [[1, 0, -1, 1], [0, 0, 0, 0], [-0.0, 0.0, -0.0, 0.0], [2, -3, 0.5, -0.5]])
 def test_unusual_actions(action: list[float]) -> None:
-    fast = Walker(True, 1600)
+    fast = Walker(1600)
     for given in (action, np.array(action), np.array(action, FLOAT32)):
         published = make_env(Options(env_id=NORMAL), published=True).unwrapped
         published.reset(seed=1), fast.reset(seed=1)
@@ -164,7 +158,7 @@ class Ray(Box2D.b2RayCastCallback):
 def test_the_lidar_equals_box2d_anywhere_on_the_terrain(env_id: str) -> None:
     """Also where no policy of ours goes: before the start, past the finish, in pits, inside stumps and below ground."""
     rng, ray, hits = np.random.default_rng(0), Ray(), 0
-    walkers = [make_env(Options(env_id=env_id), fast=True) for _ in range(8)]
+    walkers = [make_env(Options(env_id=env_id)) for _ in range(8)]
     for seed, walker in enumerate(walkers):
         walker.reset(seed=seed)
     for _ in range(60):
@@ -186,88 +180,9 @@ def test_the_lidar_equals_box2d_anywhere_on_the_terrain(env_id: str) -> None:
     assert hits > 1000
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The self-check at start
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("env_id", WALKERS)
-def test_the_self_check_accepts_this_machine(env_id: str) -> None:
-    assert ppo_vec.fast_walker_agrees(Options(env_id=env_id))
-    assert make_task(Options(env_id=env_id)).fast
-    # The test of a policy is on Gymnasium's own.
-    assert not make_task(Options(env_id=env_id, evaluate="somewhere")).fast
-
-
-def last_bit_wrong(cast_rays: Callable) -> Callable:
-    """A lidar whose hits are off by one unit in the last place, as a fused multiply-add would make them."""
-
-    def cast(*args: object) -> np.ndarray:
-        fractions = cast_rays(*args)
-        return np.where(fractions < 1, np.nextafter(fractions, np.float32(0)), fractions)
-
-    return cast
-
-
-BROKEN = {
-    "TORQUE_COST": ppo_vec.TORQUE_COST * (1 + 1e-6),
-    "MOTOR_SPEEDS": np.nextafter(ppo_vec.MOTOR_SPEEDS, np.float32(9)),
-    "NEAR_EDGES": 8,
-    "FINISH": 0.0,
-    "cast_rays": last_bit_wrong(ppo_vec.cast_rays),
-}
-
-
-@pytest.mark.parametrize("env_id", WALKERS)
-@pytest.mark.parametrize("broken", BROKEN)
-def test_the_self_check_sees_a_last_bit(env_id: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ppo_vec, broken, BROKEN[broken])
-    assert not ppo_vec.fast_walker_agrees(Options(env_id=env_id))
-
-
-def test_training_steps_aside_with_a_warning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(ppo_vec, "cast_rays", BROKEN["cast_rays"])
-    flags = (
-        "--num-envs 2 --num-steps 32 --total-timesteps 64 --num-minibatches 2 --num-workers 1 --eval-episodes 1 "
-        "--actor-hidden-sizes 8 --critic-hidden-sizes 8 --run-name aside --runs-dir"
-    )
-    assert ppo_vec.main([*flags.split(), str(tmp_path)]) == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "fast walker" in line]
-    assert len(warnings) == 1
-    assert warnings[0].startswith("ppo_vec.py: warning: ")
-    assert (tmp_path / "aside" / "best.pt").exists()
-    assert not make_task(Options()).fast
-
-
-@pytest.mark.parametrize("env_id", WALKERS)
-def test_the_same_training_with_and_without(env_id: str) -> None:
-    """Data, episodes, practice and weights, to the bit."""
-    args = Options(env_id=env_id, num_envs=3, num_steps=160, num_workers=2, update_epochs=2, practice=0.5)
-
-    def training(fast: bool) -> tuple[list[torch.Tensor], list]:
-        task = dataclasses.replace(make_task(args), fast=fast)
-        state, tensors, episodes = State(args, task, torch.device("cpu")), [], []
-        arrays = ppo_vec.policy_arrays(state.agent.state_dict())
-        with contextlib.closing(VecEnv(args, task, state.envs, arrays)) as envs:
-            for _ in range(4):
-                now = ppo_vec.scheduled(args, state.global_step)
-                rollout = collect(envs, state, now)
-                episodes += rollout.episodes
-                tensors += [value.clone() for value in vars(rollout).values() if isinstance(value, torch.Tensor)]
-                update(state, rollout, now)
-        return [*tensors, state.envs["memory"], *state.agent.state_dict().values()], episodes
-
-    (fast, fast_episodes), (published, published_episodes) = training(True), training(False)
-    assert fast_episodes == published_episodes
-    assert {episode["practice"] for episode in fast_episodes} == {False, True}
-    assert all(torch.equal(a, b) for a, b in zip(fast, published, strict=True))
-
-
 @pytest.mark.parametrize("env_id", WALKERS)
 def test_a_walker_that_is_put_back_goes_on_as_it_did(env_id: str) -> None:
-    """For 30 steps, but for what Box2D's solver remembers of the step before; fast or not, to the bit."""
+    """For 30 steps, but for what Box2D's solver remembers of the step before."""
     walk, contacts, differences = Walk(env_id, 2000, FLOAT32, standing=False), set(), []
     for _ in range(4):
         walk.begin()
@@ -279,17 +194,15 @@ def test_a_walker_that_is_put_back_goes_on_as_it_did(env_id: str) -> None:
             if results[-1][2]:
                 break
         for start in range(5, len(actions) - 30, 12):
-            pair = [make_env(Options(env_id=env_id), fast) for fast in (True, False)]
-            for walker in pair:
-                walker.reset(seed=walk.seed)
-                ppo_vec.put_back(walker, np.array(states[start]))
+            walker = make_env(Options(env_id=env_id))
+            walker.reset(seed=walk.seed)
+            ppo_vec.put_back(walker, np.array(states[start]))
             contacts.add(tuple(states[start][1:3]))
-            assert ppo_vec.walker_state(pair[0]) == states[start]
+            assert ppo_vec.walker_state(walker) == states[start]
             differences.append(part := [])
             for action, (obs, reward, _, _) in list(zip(actions, results))[start : start + 30]:
-                fast, slow = (walker.step(action)[:3] for walker in pair)
-                assert all(same(*values) for values in zip(fast, slow))
-                part.append([*np.abs(fast[0] - obs), abs(fast[1] - reward)])
+                got = walker.step(action)
+                part.append([*np.abs(got[0] - obs), abs(got[1] - reward)])
     assert len(contacts) == 4  # in the air, on either leg, on both
     contact, other = [8, 13], np.delete(np.array(differences), [8, 13], axis=-1).max((1, 2))
     assert np.median(other) < 0.005  # chaotic where a leg slips
@@ -302,10 +215,9 @@ def test_a_walker_that_is_put_back_goes_on_as_it_did(env_id: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("fast", [True, False])
-def test_memory_stays_flat_over_1000_resets(fast: bool, tmp_path: Path) -> None:
+def test_memory_stays_flat_over_1000_resets(tmp_path: Path) -> None:
     """A Hardcore world is 0.2 MB of C++ memory that Python's garbage collector does not see."""
-    resets = f"""
+    resets = """
 import resource
 import numpy as np
 from pathlib import Path
@@ -314,7 +226,7 @@ from ppo_vec import Walker
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
-walker = Walker({fast}, 2000, hardcore=True)
+walker = Walker(2000, hardcore=True)
 for episode in range(1, 1151):
     walker.reset(seed=episode)
     for _ in range(3):

@@ -486,7 +486,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
     state = State(args, task, choose_device(args))
     if saved:
         state.load(saved)
-    envs = VecEnv(args, task, state.envs, policy_arrays(state.agent.state_dict()))
+    envs = VecEnv(args, task, state.envs)
     with (
         stop_signals(folder, state) as stopped,
         contextlib.closing(envs),
@@ -887,13 +887,10 @@ class Worker(gym.Env):
     def __call__(self) -> Worker:
         return self
 
-    def run(self, name: str, *args: Any) -> Any:
+    def run(self, name: str, policy: Policy, *args: Any) -> Any:
         """A method's result, or the text of its traceback: AsyncVectorEnv hangs if an exception cannot be pickled."""
         try:
-            if not hasattr(self, "data"):  # the first call in this process
-                self.data = open_shared(self.shared)
-                arrays = [array for name, array in vars(self.data).items() if name.startswith("policy")]
-                self.policy = Policy(arrays, self.args.activation, self.task.low, self.task.high)
+            self.data, self.policy = open_shared(self.shared), policy
             return getattr(self, name)(*args)
         except Exception:
             return traceback.format_exc()
@@ -1058,7 +1055,7 @@ class VecEnv(AsyncVectorEnv):
     workers return is the same to the bit for any number of them. No wait is endless.
     """
 
-    def __init__(self, args: Options, task: Task, snapshot: dict[str, Any], policy: list[np.ndarray]) -> None:
+    def __init__(self, args: Options, task: Task, snapshot: dict[str, Any]) -> None:
         self.args, self.task, self.snapshot = args, task, snapshot
         self.num_workers = min(args.num_workers or usable_cores(), args.num_envs)
         # Forking takes a tenth of a second, spawning many (each worker imports torch). macOS cannot fork safely.
@@ -1071,7 +1068,6 @@ class VecEnv(AsyncVectorEnv):
             "episode": ((N,), np.int64), "returns": ((N,), np.float64),  # with memory: of the next snapshot
             "memory": (snapshot["memory"].shape, np.float64), "beats": ((self.num_workers,), np.int64),
         }  # fmt: skip
-        specs |= {f"policy{i}": (array.shape, np.float32) for i, array in enumerate(policy)}
         # Unnamed memory, which no crash can leave behind.
         array = multiprocessing.get_context(self.context).RawArray
         sizes = {name: max(1, math.prod(shape) * np.dtype(dtype).itemsize) for name, (shape, dtype) in specs.items()}
@@ -1112,14 +1108,18 @@ class VecEnv(AsyncVectorEnv):
             pipe.close()
         self.processes, self.closed = [], True
 
-    def call(self, name: str, *args: Any) -> list[Any]:
-        """Calls a method of every worker. After a fault, new workers continue where the last rollout ended."""
+    def call(self, name: str, policy: list[np.ndarray], *args: Any) -> list[Any]:
+        """Calls a method of every worker, which acts with `policy` (policy_arrays).
+
+        After a fault, new workers continue where the last rollout ended.
+        """
+        acting = Policy(policy, self.args.activation, self.task.low, self.task.high)
         for attempt in range(1, MAX_FAULTS + 1):
             results: Sequence[Any] = ()
             try:
                 if not self.processes:
                     self.start()
-                self.call_async("run", name, *args)
+                self.call_async("run", name, acting, *args)
                 fault = self.wait()
                 results = () if fault else self.call_wait()
             except (EOFError, OSError):
@@ -1159,10 +1159,6 @@ class VecEnv(AsyncVectorEnv):
                 return f"worker {i} " + (f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}")
         return "a worker closed its pipe"
 
-    def load_policy(self, arrays: list[np.ndarray]) -> None:
-        for i, array in enumerate(arrays):
-            getattr(self.data, f"policy{i}")[...] = array
-
     def rollout(self, policy: list[np.ndarray], noise: np.ndarray, global_step: int) -> Rollout:
         """A rollout of all environments with `policy` (policy_arrays) and `noise` (T, N, action_dim).
 
@@ -1170,10 +1166,9 @@ class VecEnv(AsyncVectorEnv):
         Raises TrainingError if a worker keeps failing, or an observation, action or reward is not finite.
         """
         data = self.data
-        self.load_policy(policy)
         data.noise[...] = noise
         data.restarted[...] = False
-        shares = self.call("rollout")
+        shares = self.call("rollout", policy)
         if data.restarted.any():
             warn(f"{data.restarted.sum()} environments cannot be replayed; their episodes start anew")
         bad = []
@@ -1203,8 +1198,7 @@ class VecEnv(AsyncVectorEnv):
 
         One episode each is a quota that favours no short ones (SB3 #402). The number of workers changes no bit.
         """
-        self.load_policy(policy)
-        shares = self.call("evaluate", seeds, self.num_workers, published)
+        shares = self.call("evaluate", policy, seeds, self.num_workers, published)
         episodes = sorted(itertools.chain.from_iterable(shares))
         for i, ret, *_ in episodes:
             if not math.isfinite(ret):
@@ -2258,7 +2252,7 @@ def evaluate_run(args: Options, task: Task, policy: Policy, folder: Path) -> Non
     workers = args.num_workers or usable_cores()
     args = dataclasses.replace(args, num_envs=4 * TILE * workers, num_workers=workers, num_steps=1, practice=0.0)
     seeds, episodes = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes)), []
-    envs = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim, 0), arrays)
+    envs = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim, 0))
     with contextlib.closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
         for start in range(0, len(seeds), args.num_envs):
             some = seeds[start : start + args.num_envs]

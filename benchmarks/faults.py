@@ -751,9 +751,10 @@ ppo_vec.save = save
 atexit.register(lambda: print("saving took", spent[0], file=sys.stderr))"""
     bare = f"""{common}
 ppo_vec.save = ppo_vec.plot_learning_curve = lambda *_: None
-def call(envs, name, *args):
+def call(envs, name, policy, *args):
     envs.processes or envs.start()
-    envs.call_async("run", name, *args)
+    acting = ppo_vec.Policy(policy, envs.args.activation, envs.task.low, envs.task.high)
+    envs.call_async("run", name, acting, *args)
     return list(envs.call_wait())
 ppo_vec.VecEnv.call = call"""
     speeds, shares = {"on": [], "off": []}, []

@@ -119,14 +119,15 @@ class Bench:
             if not name.startswith("critic."):  # an observation's first 24 columns
                 flat = saved[name].view(-1)[: own.numel()]
                 own.view(-1)[: len(flat)] = flat
-        return state, pv.VecEnv(args, task, state.envs, pv.policy_arrays(state.agent.state_dict()))
+        return state, pv.VecEnv(args, task, state.envs)
 
     def worker(self, num_envs: int, first: int, last: int) -> pv.Worker:
         """Environments [first, last) of num_envs as a worker has them, but in this process."""
         state, envs = self.start(self.args_for(num_envs))
-        envs.load_policy(pv.policy_arrays(state.agent.state_dict()))
+        arrays = pv.policy_arrays(state.agent.state_dict())
+        policy = pv.Policy(arrays, state.args.activation, state.task.low, state.task.high)
         worker = pv.Worker(0, first, last, envs)
-        if problem := worker.run("restore"):
+        if problem := worker.run("restore", policy):
             raise RuntimeError(problem)
         return worker
 
@@ -231,7 +232,7 @@ def rollouts_again(bench: Bench, args: pv.Options, record: Record) -> Iterator[f
     """The recorded rollouts, given their actions as noise on zeros: the same walking to the bit, stepping only."""
     nothing = [np.zeros(shape, np.float32) for shape in (24, 24, 4, (24, 4), 4)]  # mean, scale, std, weight, bias
     nothing[2] += 1
-    envs = pv.VecEnv(args, bench.task, bench.start(args)[0].envs, nothing)
+    envs = pv.VecEnv(args, bench.task, bench.start(args)[0].envs)
     with contextlib.closing(envs):
         while True:
             spent = 0.0

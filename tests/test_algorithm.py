@@ -735,7 +735,7 @@ def test_collect_and_update_by_hand(state_dependent_std: bool, extra: bool, reco
     state = make_state(args, ppo_vec.make_task(args))
     agent = state.agent
     agent.normalizer.load_state_dict(Normalizer(3 + 2 * extra).state_dict())
-    vec = ppo_vec.VecEnv(args, state.task, state.envs, ppo_vec.policy_arrays(agent.state_dict()))
+    vec = ppo_vec.VecEnv(args, state.task, state.envs)
     with contextlib.closing(vec):
         for iteration in range(1, 4):
             noise = torch.randn(14, 6, 2, generator=copy.deepcopy(state.noise_rng))

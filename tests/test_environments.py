@@ -75,7 +75,7 @@ def trainer(args: Options, saved: bytes | None = None, task: Task | None = None)
     state = State(args, task, CPU)
     if saved:
         state.load(decode(saved))
-    with contextlib.closing(VecEnv(args, task, state.envs, policy_arrays(state.agent.state_dict()))) as envs:
+    with contextlib.closing(VecEnv(args, task, state.envs)) as envs:
         yield state, envs
 
 
@@ -155,14 +155,15 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def worker_here(args: Options, snapshot: dict[str, Any] | None = None) -> tuple[Worker, State]:
     """A worker of all environments in this process."""
     state = State(args, ppo_vec.make_task(args), CPU)
-    policy = policy_arrays(state.agent.state_dict())
-    envs = VecEnv(args, state.task, snapshot or state.envs, policy)
-    envs.load_policy(policy)
+    envs = VecEnv(args, state.task, snapshot or state.envs)
     return ppo_vec.worker_class(args)(0, 0, args.num_envs, envs), state
 
 
 def call(worker: Worker, name: str, *args: Any) -> Any:
-    result = worker.run(name, *args)
+    """With the policy of an agent that has learned nothing."""
+    agent = State(worker.args, worker.task, CPU).agent
+    policy = Policy(policy_arrays(agent.state_dict()), worker.args.activation, worker.task.low, worker.task.high)
+    result = worker.run(name, policy, *args)
     assert not isinstance(result, str), result  # a traceback
     return result
 
@@ -708,8 +709,7 @@ class Contest:
     def __init__(self, folder: Path, goal: float | None = 200.0, **args: Any) -> None:
         self.args = make_args(env_id=PENDULUM, num_envs=2, num_workers=1, **args)
         self.state = State(self.args, dataclasses.replace(ppo_vec.make_task(self.args), goal=goal), CPU)
-        arrays = policy_arrays(self.state.agent.state_dict())
-        self.envs = VecEnv(self.args, self.state.task, self.state.envs, arrays)  # never started
+        self.envs = VecEnv(self.args, self.state.task, self.state.envs)  # never started
         self.folder, self.calls, self.logged = folder, [], []
         self.log = SimpleNamespace(evaluation=lambda state, row: self.logged.append(row))
         self.returns = self.tests = lambda policy, seed: float(policy)

@@ -166,7 +166,7 @@ def watch_files(set_attribute: Callable[..., Any], event: Callable[..., None]) -
 
     def open_watched(path: Path, mode: str) -> Any:
         event("open", path)
-        file = open(path, mode)
+        file = open(path, mode)  # noqa: SIM115
         write = file.write
         file.write = lambda data: (event("write", path, file, data), write(data))[1]
         return file

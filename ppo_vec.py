@@ -92,7 +92,7 @@ class Args:
     num_steps: int = 256  # steps of each environment per rollout
     learning_rate: float = 5e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
     critic_learning_rate: float | None = None  # the critic's own learning rate; default --learning-rate
-    anneal_lr: bool = True  # let the learning rates and --ent-coef fall linearly to zero over --total-timesteps
+    anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero over --total-timesteps
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
     value_lambda: float | None = None  # the lambda of the critic's target; default --gae-lambda; 1: Monte Carlo returns
@@ -174,11 +174,11 @@ def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequentia
 
 
 class Gaussian(nn.Module):
-    """The kind of action: a diagonal Gaussian over actions in units of the bounds, not clipped.
+    """A diagonal Gaussian over actions in units of the bounds, not clipped.
 
-    Another kind is a class of the same methods behind this one, named as `Distribution` (and in files: no saved policy
-    is taken for one of another kind). Discrete actions, as rows of 0 and 1 (one-hot), fit all arrays; make_task and
-    Policy.env_action have to know of them.
+    Another distribution, such as a Beta, is a class with `outputs` and the methods below (but mean_logstd), which
+    `Distribution` then names. Discrete actions fit all arrays as one-hot rows; make_task and Policy.env_action must
+    know of them.
     """
 
     def __init__(self, action_dim: int, args: Args) -> None:
@@ -189,7 +189,7 @@ class Gaussian(nn.Module):
         self.logstd = None if args.state_dependent_std else nn.Parameter(logstd)
 
     def initialize(self, last: nn.Linear) -> None:
-        """Lets the actor's last layer begin with the first standard deviation, if it is to output that, too."""
+        """Sets the bias of the actor's outputs for the standard deviation, if it has such, to --initial-std."""
         if self.logstd is None:
             last.bias.data[len(last.bias) // 2 :] = self.first_logstd
 
@@ -223,19 +223,22 @@ class Gaussian(nn.Module):
 
     @staticmethod
     def noise(generator: torch.Generator, *shape: int) -> Tensor:
-        """What makes a mean to a sample, (..., action_dim). The trainer draws it, so that no worker needs to."""
+        """Standard noise (..., action_dim) from which `act` makes a sample. The trainer draws it for all workers."""
         return torch.randn(*shape, generator=generator)
 
     @staticmethod
     def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-        """In NumPy: output (n, outputs), std (action_dim,) or (0,), noise or None for the mean -> (n, action_dim)."""
+        """In NumPy: output (n, outputs), noise or None for the mean -> actions (n, action_dim).
+
+        std is (action_dim,), or (0,) where the output has it.
+        """
         if not len(std):
             out, logstd = np.split(out, 2, axis=-1)
             std = np.exp(np.clip(logstd, LOGSTD_MIN, LOGSTD_MAX))
         return out if noise is None else out + std * noise
 
 
-Distribution = Gaussian  # the kind of action in use
+Distribution = Gaussian  # the one in use
 
 
 class Agent(nn.Module):
@@ -430,7 +433,7 @@ class Rollout:
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
     restarted: Tensor  # (N,) bool; a new episode began before row 0, because the old one could not be replayed
-    episodes: list[dict[str, Any]]  # those that ended, in order
+    episodes: list[dict[str, Any]]  # those that ended, in order, see Worker.rollout
     logprobs: Tensor | None = None  # (T, N) of the policy that acted
     values: Tensor | None = None  # (T, N)
     next_values: Tensor | None = None  # (T, N), see gae
@@ -593,8 +596,8 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
     def geometric(start: float, end: float) -> float:
         return start ** (1 - shown) * end**shown
 
-    held = args.swa_share / 2 or 1.0  # averaging needs weights that still move
-    left = min(1.0, (1 - progress) / held) if args.anneal_lr else 1.0
+    falling = args.swa_share / 2 or 1.0  # this last share of training: before, averaging needs weights that move
+    left = min(1.0, (1 - progress) / falling) if args.anneal_lr else 1.0
     fall, final_fall = args.fall_reward, args.final_fall_reward
     return dataclasses.replace(
         args,
@@ -969,7 +972,7 @@ class Worker(gym.Env):
                 obs, running = rows[0], not (terminated[0] or truncated[0])
         return running and np.array_equal(obs, self.obs[i]) and self.returns[i] == expected_return
 
-    def evaluate(self, seeds: list[int], workers: int, published: bool) -> list[tuple]:
+    def play(self, seeds: list[int], workers: int, published: bool) -> list[tuple]:
         """This worker's share of evaluation episodes: (index into seeds, return, length, fell) of each.
 
         Its environments, as many as it has for training, are reused; but published walkers, whose world remembers
@@ -985,13 +988,13 @@ class Worker(gym.Env):
             while len(envs) < len(some):
                 envs.append(make_env(self.args, published))
                 self.beat()
-            rows = self.play(envs[: len(some)], [seeds[i] for i in some])
+            rows = self.play_batch(envs[: len(some)], [seeds[i] for i in some])
             episodes += [(i, *row) for i, row in zip(some, rows)]
         for env in envs:
             env.close()
         return episodes
 
-    def play(self, envs: list[gym.Env], seeds: list[int]) -> Episodes:
+    def play_batch(self, envs: list[gym.Env], seeds: list[int]) -> Episodes:
         """One whole episode per environment, all at once, with the deterministic policy."""
         obs = np.zeros((len(envs), self.task.obs_dim), np.float32)
         for i, (env, seed) in enumerate(zip(envs, seeds)):
@@ -1193,12 +1196,12 @@ class VecEnv(AsyncVectorEnv):
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
         return Rollout(**{name: torch.from_numpy(getattr(data, name)) for name in names}, episodes=episodes)
 
-    def evaluate(self, policy: list[np.ndarray], seeds: list[int], published: bool = False) -> Episodes:
+    def play(self, policy: list[np.ndarray], seeds: list[int], published: bool = False) -> Episodes:
         """One episode per seed with the deterministic policy: undiscounted raw return, length and fall of each.
 
         One episode each is a quota that favours no short ones (SB3 #402). The number of workers changes no bit.
         """
-        shares = self.call("evaluate", policy, seeds, self.num_workers, published)
+        shares = self.call("play", policy, seeds, self.num_workers, published)
         episodes = sorted(itertools.chain.from_iterable(shares))
         for i, ret, *_ in episodes:
             if not math.isfinite(ret):
@@ -1468,7 +1471,7 @@ def put_back(env: gym.Env, state: np.ndarray) -> None:
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
 
 FORMAT = f"ppo_vec 3 {Distribution.__name__}"
-READABLE = (FORMAT, "ppo_vec 2", "ppo_vec 1")  # of the older ones only the policy
+READABLE = (FORMAT, *("ppo_vec 2", "ppo_vec 1") * (Distribution is Gaussian))  # of the older ones only the policy
 MAGIC = b"ppo_vec1"  # before the digest that follows the checkpoint's bytes
 MAX_BYTES = 2**31  # of a file that is read
 PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict"  # what a checkpoint's pickle calls
@@ -1746,7 +1749,7 @@ def policy_of(tree: dict[str, Any]) -> Policy:
         if not all(np.isfinite(array).all() for array in (*arrays, tree["low"].numpy(), tree["high"].numpy())):
             raise ValueError("its weights are not finite")
         policy = Policy(arrays, tree["args"]["activation"], tree["low"].numpy(), tree["high"].numpy())
-        if policy(np.zeros((1, len(policy.obs_mean)), np.float32)).shape != (1, len(policy.low)):
+        if policy.sample(np.zeros((1, len(policy.obs_mean)), np.float32)).shape != (1, len(policy.low)):
             raise ValueError("its shapes do not fit")
         return policy
     except Exception as error:
@@ -1783,9 +1786,11 @@ def should_evaluate(state: State, args: Options) -> bool:
     return spaced and affordable and state.global_step < args.total_timesteps  # deliver() has the last weights
 
 
-def play(envs: VecEnv, state: State, weights: dict[str, Tensor], first: int, count: int, **how: Any) -> Episodes:
+def play_episodes(
+    envs: VecEnv, state: State, weights: dict[str, Tensor], first: int, count: int, **how: Any
+) -> Episodes:
     """Episodes of the deterministic policy with these weights, on `count` seeds from `first` on."""
-    episodes = envs.evaluate(policy_arrays(weights), list(range(first, first + count)), **how)
+    episodes = envs.play(policy_arrays(weights), list(range(first, first + count)), **how)
     state.evaluation_steps += sum(length for _, length, _ in episodes)
     return episodes
 
@@ -1794,7 +1799,7 @@ def evaluate(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     """A periodic evaluation, on fresh selection seeds: keeps the best policies, notes when the task is solved."""
     goal, weights, episodes = state.task.goal, copy.deepcopy(state.agent.state_dict()), []
     for count in ROUNDS:
-        part = play(envs, state, weights, SELECTION_SEEDS + state.selection_episodes, count)
+        part = play_episodes(envs, state, weights, SELECTION_SEEDS + state.selection_episodes, count)
         state.selection_episodes += count
         episodes += part
         if count < ROUNDS[-1]:
@@ -1834,7 +1839,9 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     last = {"agent": copy.deepcopy(source.state_dict()), "evaluation": {"global_step": step}}
     contenders = [last, *[state.best] * bool(state.evaluations)]
     for policy in contenders:
-        episodes = play(envs, state, policy["agent"], SELECTION_SEEDS + state.selection_episodes, args.eval_episodes)
+        episodes = play_episodes(
+            envs, state, policy["agent"], SELECTION_SEEDS + state.selection_episodes, args.eval_episodes
+        )
         of = {"global_step": policy["evaluation"]["global_step"], "time_s": state.wall_time()}
         policy["evaluation"] = {**of, **summarize(episodes, goal)}
     state.selection_episodes += args.eval_episodes
@@ -1845,11 +1852,11 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     log.evaluation(state, row)
     write_best(state, folder)
 
-    last_test = test = play(envs, state, last["agent"], TEST_SEEDS, args.eval_episodes, published=True)
+    last_test = test = play_episodes(envs, state, last["agent"], TEST_SEEDS, args.eval_episodes, published=True)
     what = f"the last weights{', averaged' * bool(args.swa_share)}"
     say(f"test on unseen episodes of the published environment: {what}: {summary_text(summarize(test, goal))}")
     if state.best is not last:
-        test = play(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True)
+        test = play_episodes(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True)
         what = f"an earlier policy, of step {state.best['evaluation']['global_step']}"
     last_result, result = summarize(last_test, goal), summarize(test, goal)
     say(f"delivered: {what}: {summary_text(result)}")
@@ -2256,7 +2263,7 @@ def evaluate_run(args: Options, task: Task, policy: Policy, folder: Path) -> Non
     with contextlib.closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
         for start in range(0, len(seeds), args.num_envs):
             some = seeds[start : start + args.num_envs]
-            episodes += envs.evaluate(arrays, some, published=True)
+            episodes += envs.play(arrays, some, published=True)
             bar.update(len(some))
     length = np.mean([length for _, length, _ in episodes])
     print(f"{args.env_id}, deterministic: {summary_text(summarize(episodes, task.goal))}, mean length {length:.0f}")

@@ -57,15 +57,12 @@ class Player(pv.Worker):
     def beat(self) -> None:
         pass
 
-    def sample(self, obs: np.ndarray, noise: None) -> np.ndarray:
-        return self.model.predict(self.venv.normalize_obs(obs), deterministic=True)[0]
-
-    def env_action(self, actions: np.ndarray) -> np.ndarray:
-        return actions  # predict() has clipped them
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        return self.model.predict(self.venv.normalize_obs(obs), deterministic=True)[0]  # clips them
 
     def episodes(self, first: int, count: int, published: bool = False) -> dict[str, Any]:
         """The figures of one episode for each of `count` seeds."""
-        rows = sorted(self.evaluate(list(range(first, first + count)), 1, published, stochastic=False))
+        rows = sorted(self.play(list(range(first, first + count)), 1, published))
         return pv.summarize([row[1:] for row in rows], self.task.goal)
 
 

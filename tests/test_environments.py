@@ -355,7 +355,7 @@ def test_a_rows_place_in_its_tile_does_not_follow_the_workers(monkeypatch: pytes
         assert_same(np.concatenate((policy.sample(obs[:cut]), policy.sample(obs[cut:], offset=cut))), whole)
     for num_workers in (1, 2, 3, 4):
         with trainer(dataclasses.replace(args, num_workers=num_workers), task=task) as (state, envs):
-            results.append((*steps(state, envs, 2), envs.evaluate(arrays, list(range(11)))))
+            results.append((*steps(state, envs, 2), envs.play(arrays, list(range(11)))))
         assert_same(results[0], results[-1])
 
 
@@ -582,8 +582,8 @@ def test_evaluation_equals_published_environments_stepped_by_hand(env_id: str) -
                 expected = by_hand(task, args, arrays, seeds)
                 assert len(set(expected)) >= (6 if env_id == TOY else 7)
             for published in (True, False):
-                assert envs.evaluate(arrays, seeds, published=published) == expected
-            assert envs.evaluate(arrays, []) == []
+                assert envs.play(arrays, seeds, published=published) == expected
+            assert envs.play(arrays, []) == []
 
 
 @pytest.mark.parametrize(("env_id", "published"), [(WALKER, True), (WALKER, False), (LANDER, True)])
@@ -606,7 +606,7 @@ def test_an_evaluation_holds_few_environments_of_the_right_kind(
     worker, _ = worker_here(make_args(env_id=env_id, num_envs=6, num_workers=1))
     worker.task = dataclasses.replace(worker.task, max_episode_steps=10)
     monkeypatch.setattr(ppo_vec, "make_env", spy)
-    episodes = call(worker, "evaluate", list(range(11)), 1, published)
+    episodes = call(worker, "play", list(range(11)), 1, published)
     assert [i for i, *_ in episodes] == list(range(11))
     assert sorted(seed for _, seed in resets) == list(range(11))
     assert max(most) == 4  # whole tiles of no more than num_envs
@@ -620,7 +620,7 @@ def test_an_evaluation_holds_few_environments_of_the_right_kind(
 def test_an_endless_episode_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppo_vec, "ENDLESS", 30)
     worker, _ = worker_here(make_args(env_id=TOY, env_kwargs='{"endless": true}', num_envs=2, num_workers=1))
-    assert call(worker, "evaluate", [3, 4], 1, True) == [(0, 90.0, 30, False), (1, 120.0, 30, False)]
+    assert call(worker, "play", [3, 4], 1, True) == [(0, 90.0, 30, False), (1, 120.0, 30, False)]
 
 
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
@@ -713,7 +713,7 @@ class Contest:
         self.folder, self.calls, self.logged = folder, [], []
         self.log = SimpleNamespace(evaluation=lambda state, row: self.logged.append(row))
         self.returns = self.tests = lambda policy, seed: float(policy)
-        self.envs.evaluate = self.play
+        self.envs.play = self.play
 
     def play(self, arrays: list[np.ndarray], seeds: list[int], published: bool = False) -> list[tuple]:
         policy = round(float(arrays[-1][0]), 3)
@@ -923,7 +923,7 @@ def test_a_walker_learns_to_walk() -> None:
             while state.global_step < until:
                 iterate(state, envs)
             seeds = [SELECTION_SEEDS + i for i in range(8)]
-            episodes = envs.evaluate(policy_arrays(state.agent.state_dict()), seeds)
+            episodes = envs.play(policy_arrays(state.agent.state_dict()), seeds)
             mean = float(np.mean([ret for ret, *_ in episodes]))
     assert mean >= 50
     assert state.shown > 0.1

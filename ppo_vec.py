@@ -92,7 +92,8 @@ class Args:
     num_steps: int = 256  # steps of each environment per rollout
     learning_rate: float = 5e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
     critic_learning_rate: float | None = None  # the critic's own learning rate; default --learning-rate
-    anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero over --total-timesteps
+    anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero
+    anneal_share: float = 1.0  # over this last share of --total-timesteps
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
     value_lambda: float | None = None  # the lambda of the critic's target; default --gae-lambda; 1: Monte Carlo returns
@@ -537,7 +538,7 @@ class Options(Args):
     run_name: str | None = None  # the run folder's name; default {env_id}__ppo_vec__{seed}__{time}
     resume: str | None = None  # continue this run (its folder, or "latest")
     evaluate: str | None = None  # evaluate this run (its folder, "latest", or a checkpoint) instead of training
-    eval_episodes: int = 100  # test episodes, with --evaluate and after training (there also twice as many to choose)
+    eval_episodes: int = 100  # test episodes, with --evaluate and after training (there also as many to choose)
     capture_video: bool = False  # write an mp4 of an episode of the deterministic policy into the run's videos/
     track: bool = False  # also log to Weights and Biases (pip install wandb)
     num_workers: int | None = None  # processes that share the environments; default one per core; changes no result
@@ -558,7 +559,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "practice": 0.3, "num_steps": 128, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995,
         "gae_lambda": 0.85, "ent_coef": 0.0025, "bounds_loss_coef": 0.01, "fall_reward": -1.0,
         "final_fall_reward": -20.0, "action_cost": 0.2, "initial_std": 0.5, "critic_progress": True,
-        "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
+        "anneal_share": 0.2, "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {
         "num_steps": 320, "learning_rate": 3e-4, "critic_learning_rate": 1e-3, "num_minibatches": 40,
@@ -568,7 +569,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "practice": 0.5, "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 2e-4,
         "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "initial_std": 0.5,
-        "swa_share": 0.4, "min_std": 0.25, "critic_progress": True,
+        "swa_share": 0.2, "min_std": 0.25, "critic_progress": True,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
@@ -585,10 +586,9 @@ class TrainingError(Exception):
 def scheduled(args: Options, global_step: int, shown: float | None = None) -> Options:
     """The arguments of the iteration that starts at `global_step`; the README says why they change.
 
-    Learning rates and entropy bonus fall linearly with the clock; with --swa-share only from the middle of that share
-    on. The others follow what the policy has `shown`, from 0 to 1 (note_returns), or the clock where no goal is known:
-    1 - gamma and the price of a fall change in equal ratios, the action cost grows with the square until half of the
-    way.
+    Learning rates and entropy bonus follow the clock. The others follow what the policy has `shown`, from 0 to 1
+    (note_returns), or the clock where no goal is known: 1 - gamma and the price of a fall change in equal ratios, the
+    action cost grows with the square until half of the way.
     """
     progress = min(global_step / args.total_timesteps, 1)
     shown = progress if shown is None else shown
@@ -596,8 +596,7 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
     def geometric(start: float, end: float) -> float:
         return start ** (1 - shown) * end**shown
 
-    falling = args.swa_share / 2 or 1.0  # this last share of training: before, averaging needs weights that move
-    left = min(1.0, (1 - progress) / falling) if args.anneal_lr else 1.0
+    left = min(1.0, (1 - progress) / args.anneal_share) if args.anneal_lr else 1.0
     fall, final_fall = args.fall_reward, args.final_fall_reward
     return dataclasses.replace(
         args,
@@ -2160,6 +2159,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what the
     ),
     ("(final_)?gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     ("practice|swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
+    ("anneal_share", lambda v: 0 < v <= 1, "lie in (0, 1]"),
     ("ent_coef|\\w+_coef|action_cost|min_std|seed", lambda v: 0 <= v < math.inf, "be a finite number, not negative"),
     ("(final_)?fall_reward", lambda v: -math.inf < v < 0, "be a finite number less than 0"),
     ("activation", lambda v: v in ACTIVATIONS, f"be one of {', '.join(ACTIVATIONS)}"),

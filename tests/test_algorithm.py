@@ -631,6 +631,7 @@ def test_learning_rates_and_entropy_bonus_fall_linearly(step: int, left: float) 
         ({}, (0.1 * left, 0.4 * left, 0.2 * left)),
         ({"critic_learning_rate": None}, (0.1 * left, 0.1 * left, 0.2 * left)),
         ({"anneal_lr": False}, (0.1, 0.4, 0.2)),
+        ({"anneal_share": 0.5}, (0.1 * min(1, 2 * left), 0.4 * min(1, 2 * left), 0.2 * min(1, 2 * left))),
     ):
         now = ppo_vec.scheduled(dataclasses.replace(args, **changed), step)
         assert (now.learning_rate, now.critic_learning_rate, now.ent_coef) == pytest.approx(expected, abs=1e-12)

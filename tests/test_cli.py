@@ -147,7 +147,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
             ("gamma final-gamma gae-lambda value-lambda", "-0.1 1.1 nan"),
             ("ent-coef bounds-loss-coef action-cost min-std", "-1 nan inf"),
             ("worker-timeout", "0 -1 nan inf 1e300"),
-            ("practice swa-share", "-0.1 1 nan"),
+            ("practice swa-share", "-0.1 1 nan"), ("anneal-share", "0 1.1 nan"),
             ("actor-hidden-sizes critic-hidden-sizes", "0 -1"),
             ("run-name", "a/b .. . /absolute"),
             ("env-kwargs", "[1] 3 { " + "[" * 99999),
@@ -550,7 +550,7 @@ def test_tags(trained: Path) -> None:
     steps = [step for step, _ in scalars["time/SPS"]]
     assert steps == [step for step, _ in scalars["losses/policy_loss"]] == list(range(256, 4097, 256))
     rates = [value for _, value in scalars["policy/learning_rate"]]
-    assert rates == pytest.approx([2.5e-4 * min(1, 5 * (1 - (step - 256) / 4000)) for step in steps])  # --swa-share .4
+    assert rates == pytest.approx([2.5e-4 * min(1, 5 * (1 - (step - 256) / 4000)) for step in steps])  # held until 80 %
 
 
 def test_episodes_csv(trained: Path) -> None:
@@ -806,8 +806,7 @@ def test_resume_continues_folder_counters_and_schedule(tmp_path: Path, monkeypat
     found = faults.differences(fingerprint(moved), fingerprint(whole))
     assert not found, found
     rates = fingerprint(moved)["scalars"]["policy/learning_rate"]
-    # With --swa-share .5 they are held until the last quarter.
-    assert rates == [(40 * i, pytest.approx(5e-4 * min(1, 4 - 160 * (i - 1) / 300))) for i in range(1, 9)]
+    assert rates == [(40 * i, pytest.approx(5e-4 * (1 - 40 * (i - 1) / 300))) for i in range(1, 9)]
 
 
 def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -828,7 +827,7 @@ def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: Patch) -> N
     losses, rates = (last["scalars"][tag] for tag in ("losses/policy_loss", "policy/learning_rate"))
     assert losses[:3] == first["scalars"]["losses/policy_loss"]
     # The schedule had come to its end, and goes back to where the longer one has it at that step.
-    assert [rate for _, rate in rates] == pytest.approx([5e-4, 5e-4, 4e-4, 5e-4, 4e-4])
+    assert [rate for _, rate in rates] == pytest.approx([5e-4, 3e-4, 1e-4, 2e-4, 1e-4])
     found = json.loads((run / "args.json").read_text())
     sessions = [*found["earlier"], found]
     assert [session["args"]["total_timesteps"] for session in sessions] == [100, 200, 200]

@@ -4,11 +4,7 @@
     tensorboard --logdir runs                          # watch
     python ppo_vec.py --resume runs/NAME               # continue an interrupted run, to the bit
     python ppo_vec.py --evaluate runs/NAME             # 100 test episodes of the policy that a run delivered
-
-A saved policy is a function from raw observations to actions:
-
-    from ppo_vec import load_policy
-    act = load_policy("runs/NAME"); action = act(obs)
+    action = ppo_vec.load_policy("runs/NAME")(obs)     # in Python: from raw observations to actions
 
 What stands where. First the algorithm: Args, Agent, gae, policy_loss, value_loss, update, Rollout, collect, train.
 Then the engineering: options and schedules, environments, the acting policy, workers, walkers, checkpoints,
@@ -23,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib
 import io
@@ -30,10 +27,7 @@ import itertools
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
-import multiprocessing.resource_tracker
 import os
-import pickle
 import pickletools
 import platform
 import re
@@ -44,17 +38,17 @@ import sys
 import threading
 import time
 import traceback
-import typing
 import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 # Before NumPy is imported; what the user has set is respected. The policy's matrices are too small to share among
 # threads. OpenBLAS picks a kernel by processor, and each gives other last bits: take one that every AVX2 machine has.
@@ -67,12 +61,11 @@ import Box2D
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
 import tyro
 from gymnasium.envs.box2d import bipedal_walker as stock
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import _async_worker
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
@@ -80,9 +73,7 @@ from torch.optim.swa_utils import AveragedModel
 
 @dataclass
 class Args:
-    """The arguments of PPO. `Options`, further down, adds those of the engineering; TUNED has better defaults for some
-    environments (`python ppo_vec.py --help` shows them).
-    """
+    """The arguments of PPO. `Options`, further down, adds the engineering's; TUNED has better values for some tasks."""
 
     seed: int = 1  # seed of everything random: environments, action noise, shuffling and initialisation
     cuda: bool = False  # keep the networks and the rollout on the GPU (the environments always run on the CPU)
@@ -159,19 +150,14 @@ class Normalizer(nn.Module):
         self.count.copy_(total)
 
 
-def linear(fan_in: int, fan_out: int, gain: float) -> nn.Linear:
-    """A layer with orthogonal weights and no bias at first (37 details, no. 2)."""
-    layer = nn.Linear(fan_in, fan_out)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequential:
+    """Layers with orthogonal weights and no bias at first (37 details, no. 2)."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
-        layers += [linear(fan_in, fan_out, gain=math.sqrt(2)), ACTIVATIONS[activation][0]()]
-    return nn.Sequential(*layers, linear(*sizes[-2:], gain=last_gain))
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes), start=2):
+        layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation][0]()]
+        nn.init.orthogonal_(layers[-2].weight, gain=math.sqrt(2) if i < len(sizes) else last_gain)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
 
 
 class Gaussian(nn.Module):
@@ -212,8 +198,7 @@ class Gaussian(nn.Module):
     def bounds_loss(self, out: Tensor) -> Tensor:
         """The squared excess of the mean beyond the action bounds, (...).
 
-        Beyond them an environment cannot tell two actions apart: a mean out there meets no gradient of the reward that
-        would bring it back.
+        Out there an environment cannot tell two actions apart, so no gradient of the reward brings a mean back.
         """
         return (self.mean_logstd(out)[0].abs() - 1).clamp(min=0).square().sum(-1)
 
@@ -359,15 +344,14 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 
     actor.param_groups[0]["lr"] = args.learning_rate
     critic.param_groups[0]["lr"] = args.critic_learning_rate or args.learning_rate
-    metrics = side_by_side(
-        lambda: descend(agent, actor, policy_loss, batch, shuffles, args),
-        lambda: descend(agent, critic, value_loss, batch, shuffles, args),
-    )
+    with ThreadPoolExecutor(1) as pool:  # the critic in a thread: -23 % update time on two cores
+        critic_metrics = pool.submit(descend, agent, critic, value_loss, batch, shuffles, args)
+        metrics = descend(agent, actor, policy_loss, batch, shuffles, args) | critic_metrics.result()
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
     spread = returns.var()
     explained = float(1 - (returns - rollout.values).var() / spread) if spread > 0 else 0.0
-    return {**metrics[0], **metrics[1], "explained_variance": explained}
+    return {**metrics, "explained_variance": explained}
 
 
 def descend(
@@ -393,15 +377,6 @@ def descend(
     return dict(zip(metrics, means))
 
 
-def side_by_side(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    """Both results; `second` is computed in a thread (-23 % update time on two cores)."""
-    if usable_cores() == 1:
-        return first(), second()
-    with ThreadPoolExecutor(1) as pool:  # waits for `second`, whatever `first` raises
-        other = pool.submit(second)
-        return first(), other.result()
-
-
 def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
     """One Adam for the actor, that is all parameters but the critic's, and one for the critic.
 
@@ -414,6 +389,8 @@ def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
         nn.utils.vector_to_parameters(flat.data, parameters)  # sets each p.data to its view
         optimizer = torch.optim.Adam([flat], eps=1e-5, fused=True)  # eps: 37 details, no. 3
         optimizer.views_of_flat = parameters
+        step, zeros = torch.zeros((), device=flat.device), torch.zeros_like(flat.data)
+        optimizer.state[flat] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}  # so that it can be saved
         return optimizer
 
     critic = set(agent.critic.parameters())
@@ -467,7 +444,7 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     """
     agent = state.agent
     noise = agent.distribution.noise(state.noise_rng, args.num_steps, args.num_envs, envs.task.action_dim)
-    rollout = envs.rollout(policy_arrays(agent.state_dict()), noise.numpy(), state.global_step)
+    rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size
     rollout.rewards = training_rewards(state, rollout, args)
     for name, tensor in vars(rollout).items():
@@ -491,11 +468,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
     if saved:
         state.load(saved)
     envs = VecEnv(args, task, state.envs)
-    with (
-        stop_signals(folder, state) as stopped,
-        contextlib.closing(envs),
-        contextlib.closing(Log(folder, state)) as log,
-    ):
+    with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
         save(folder, state, log)
         while state.global_step < args.total_timesteps and not stopped():
             log.lap("files")  # and evaluations
@@ -634,10 +607,9 @@ def training_rewards(state: State, rollout: Rollout, args: Options) -> Tensor:
 
 
 def average_weights(state: State, args: Options) -> None:
-    """Keeps the mean of the weights since the last --swa-share of training began; before that, there is none.
+    """Keeps the mean of the weights since the last --swa-share of training began (Izmailov et al., arXiv:1803.05407).
 
-    Late in training a minibatch's gradient is nearly all noise, and the weights wander about what they have learned:
-    their mean is nearer to it (Izmailov et al. 2018, arXiv:1803.05407).
+    Late in training a minibatch's gradient is nearly all noise, and the weights wander about what they have learned.
     """
     if args.swa_share and state.global_step > (1 - args.swa_share) * args.total_timesteps:
         state.average.update_parameters(state.agent)
@@ -697,13 +669,11 @@ def make_env(args: Options, published: bool = False, render_mode: str | None = N
 
 def make_task(args: Options) -> Task:
     """Raises UserError for an environment that cannot be made, or that PPO with a Gaussian cannot act in."""
-    what = f"--env-id {args.env_id}{' --capture-video' * args.capture_video}"
+    extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
+    what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
     try:
-        with warnings.catch_warnings():  # of an outdated version: the error says it, too
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):  # of an outdated version: the error says it, too
             env = make_env(args, published=True, render_mode="rgb_array" if args.capture_video else None)
-        if not isinstance(env, gym.Env):
-            raise TypeError(f"--wrappers {' '.join(args.wrappers)} returned a {type(env).__name__}, no environment")
         if args.capture_video:
             if "rgb_array" not in env.metadata.get("render_modes", ()):
                 raise ValueError("it has no render mode rgb_array")
@@ -740,15 +710,12 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
     return np.asarray(env.reset(seed=seed)[0], np.float32).ravel()
 
 
-Steps = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Steps = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # obs (n, obs_dim), rewards, terminated, truncated (n,)
 Episodes = list[tuple[float, int, bool]]  # (return, length, fell) of each
 
 
 def step_envs(envs: Sequence[gym.Env], actions: np.ndarray, beat: Callable[[], None] = lambda: None) -> Steps:
-    """Steps each environment with its row of env-ready actions (n, action_dim); `beat` is a sign of life.
-
-    Returns: observations (n, obs_dim) float32, rewards (n,) float32, terminated (n,), truncated (n,).
-    """
+    """Steps each environment with its row of env-ready actions (n, action_dim); `beat` is a sign of life."""
     if isinstance(envs[0], Walker):
         beat()
         return step_walkers(envs, actions)
@@ -773,7 +740,14 @@ class Policy:
     of fixed shape, and `offset` puts a row into the same place of its tile whatever worker it is in.
     """
 
-    def __init__(self, arrays: list[np.ndarray], activation: str, low: np.ndarray, high: np.ndarray) -> None:
+    def __init__(self, weights: dict[str, Tensor], activation: str, low: np.ndarray, high: np.ndarray) -> None:
+        """Takes an agent's state dict."""
+        obs_dim = weights["actor.0.weight"].shape[1]
+        logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
+        arrays = [weights["normalizer.mean"][:obs_dim], (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt()]
+        arrays += [torch.empty(0) if logstd is None else logstd.exp()]
+        arrays += [w.t() for name, w in weights.items() if re.fullmatch(r"actor\.\d+\.(weight|bias)", name)]
+        arrays = [array.detach().cpu().numpy().astype(np.float32, order="C") for array in arrays]
         self.obs_mean, self.obs_scale, self.std, *layers = arrays
         self.layers = list(zip(layers[0::2], layers[1::2]))
         self.activation, self.low, self.high = activation, low, high
@@ -811,16 +785,6 @@ class Policy:
         return actions[0] if obs.size == size and obs.shape != (1, size) else actions
 
 
-def policy_arrays(weights: dict[str, Tensor]) -> list[np.ndarray]:
-    """An agent's state dict -> what Policy takes, float32: mean, scale, std, then each layer's weight.T and bias."""
-    obs_dim = weights["actor.0.weight"].shape[1]
-    logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
-    arrays = [weights["normalizer.mean"][:obs_dim], (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt()]
-    arrays += [torch.empty(0) if logstd is None else logstd.exp()]
-    arrays += [w.t() for name, w in weights.items() if re.fullmatch(r"actor\.\d+\.(weight|bias)", name)]
-    return [a.detach().cpu().numpy().astype(np.float32, order="C") for a in arrays]
-
-
 @torch.no_grad()
 def check_copy(agent: Agent, task: Task, args: Args) -> None:
     """Raises TrainingError where Policy does not act as the agent does, as after a change of one of them only."""
@@ -833,7 +797,7 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
         obs = 9 * torch.randn(2 * TILE, task.obs_dim + task.extra_dim)
     expected, same = probe.policy(probe.normalizer(obs)).numpy(), False
     with contextlib.suppress(ValueError, IndexError, KeyError):  # a layer that Policy does not know
-        policy = Policy(policy_arrays(probe.state_dict()), args.activation, task.low, task.high)
+        policy = Policy(probe.state_dict(), args.activation, task.low, task.high)
         same = np.allclose(policy.forward(obs[:, : task.obs_dim].numpy()), expected, rtol=1e-3, atol=1e-3)
     if not same:
         raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
@@ -844,15 +808,13 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
 
 def open_shared(shared: dict[str, Any]) -> SimpleNamespace:
     """NumPy views of arrays in shared memory: {name: (memory, shape, dtype)} -> attributes."""
-    views = {k: np.frombuffer(raw, dtype, math.prod(shape)).reshape(shape) for k, (raw, shape, dtype) in shared.items()}
-    return SimpleNamespace(**views)
+    return SimpleNamespace(**{k: np.ndarray(shape, dtype, raw) for k, (raw, shape, dtype) in shared.items()})
 
 
 def new_snapshot(num_envs: int, obs_dim: int, memory_size: int) -> dict[str, Any]:
     """Where N environments are between two rollouts: all that it takes to continue them in another process.
 
-    A Box2D world cannot be pickled, but an episode is a function of its reset seed and its actions (a fresh world at
-    each reset makes this true of the walkers too). So these are kept, and the episode is replayed.
+    A Box2D world cannot be pickled, but an episode is a function of its reset seed and its actions, and is replayed.
     """
     return {
         "episode": torch.full((num_envs,), -1),  # the number of the running episode; -1: none has begun
@@ -866,33 +828,22 @@ def new_snapshot(num_envs: int, obs_dim: int, memory_size: int) -> dict[str, Any
 class Worker(gym.Env):
     """Some of the environments, in a process of their own, and the policy beside them.
 
-    To AsyncVectorEnv a worker is one environment, of which only `run` is ever called. It is made in the trainer and
-    sent to its process, where calling it gives itself.
+    To AsyncVectorEnv a worker is one environment, of which only `run` is ever called.
     """
 
-    memory_size = 0  # float64 numbers of each environment that have to survive a restart
-
     observation_space = action_space = gym.spaces.Discrete(1)
+    envs: Sequence[gym.Env] = ()
 
-    def __init__(self, index: int, first: int, last: int, envs: VecEnv) -> None:
-        self.index, self.first, self.last, self.args, self.task = index, first, last, envs.args, envs.task
-        self.shared, self.snapshot = envs.shared, envs.snapshot
-        self.envs: list[gym.Env] = []
-
-    def __getstate__(self) -> bytes:
-        """For spawned workers: AsyncVectorEnv pickles with cloudpickle, which knows nothing of shared memory."""
-        return bytes(ForkingPickler.dumps(vars(self)))
-
-    def __setstate__(self, state: bytes) -> None:
-        vars(self).update(pickle.loads(state))
-
-    def __call__(self) -> Worker:
-        return self
+    def __init__(
+        self, index: int, first: int, last: int, args: Options, task: Task, shared: Any, snapshot: Any
+    ) -> None:
+        self.index, self.first, self.last, self.args, self.task = index, first, last, args, task
+        self.data, self.snapshot, self.envs = open_shared(shared), snapshot, []
 
     def run(self, name: str, policy: Policy, *args: Any) -> Any:
         """A method's result, or the text of its traceback: AsyncVectorEnv hangs if an exception cannot be pickled."""
         try:
-            self.data, self.policy = open_shared(self.shared), policy
+            self.policy = policy
             return getattr(self, name)(*args)
         except Exception:
             return traceback.format_exc()
@@ -974,8 +925,7 @@ class Worker(gym.Env):
     def play(self, seeds: list[int], workers: int, published: bool) -> list[tuple]:
         """This worker's share of evaluation episodes: (index into seeds, return, length, fell) of each.
 
-        Its environments, as many as it has for training, are reused; but published walkers, whose world remembers
-        earlier episodes, are made anew for each.
+        Its environments are reused; but published walkers, whose world remembers earlier episodes, are made anew.
         """
         mine = [i for i in range(len(seeds)) if i // TILE % workers == self.index]  # whole tiles
         size = max(1, (self.last - self.first) // TILE) * TILE
@@ -1012,15 +962,10 @@ class Worker(gym.Env):
         return list(zip(returns.tolist(), lengths.tolist(), fell.tolist()))
 
 
-def worker_class(args: Options) -> type[Worker]:
-    return Practice if args.practice else Worker
-
-
-def worker_main(*args: Any) -> None:
+def worker_main(workers: list[Callable[[], Worker]], index: int, _: Any, *args: Any) -> None:
     """The process of a worker. It ends with its trainer, and never by a signal that is meant for the trainer.
 
-    A Ctrl-C or a `kill` of the whole group reaches the workers, too, but the trainer decides when they end. (The
-    handlers do nothing; an ignored signal would be inherited by whatever an environment starts.)
+    (The handlers do nothing; an ignored signal would be inherited by whatever an environment starts.)
     """
     trainer = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1033,10 +978,8 @@ def worker_main(*args: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    try:
-        _async_worker(*args)
-    except (EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
-        os._exit(1)
+    with contextlib.suppress(EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
+        _async_worker(index, workers[index], *args)
 
 
 def block_signals(block: bool) -> None:
@@ -1072,23 +1015,24 @@ class VecEnv(AsyncVectorEnv):
         }  # fmt: skip
         # Unnamed memory, which no crash can leave behind.
         array = multiprocessing.get_context(self.context).RawArray
-        sizes = {name: max(1, math.prod(shape) * np.dtype(dtype).itemsize) for name, (shape, dtype) in specs.items()}
-        self.shared = {name: (array("b", sizes[name]), *spec) for name, spec in specs.items()}
+        self.shared = {name: (array("b", max(1, np.empty(*spec).nbytes)), *spec) for name, spec in specs.items()}
         self.data = open_shared(self.shared)
-        self.processes, self.closed, self.restarts = [], True, 0
+        self.processes, self.parent_pipes, self.closed, self.restarts = [], [], True, 0
 
     def start(self) -> None:
         """Starts the workers, and waits for none of them."""
         bounds = np.linspace(0, self.args.num_envs, self.num_workers + 1).astype(int).tolist()
-        kind = worker_class(self.args)
-        workers = [kind(i, *pair, self) for i, pair in enumerate(itertools.pairwise(bounds))]
+        kind = Practice if self.args.practice else Worker
+        common = self.args, self.task, self.shared, self.snapshot
+        workers = [functools.partial(kind, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))]
         self.data.beats[...], self.closed = 0, False
         if self.context == "spawn":  # its start would unblock them
-            multiprocessing.resource_tracker.ensure_running()
+            resource_tracker.ensure_running()
         block_signals(True)  # until a worker has its own handlers
         try:
             super().__init__(
-                workers, shared_memory=False, context=self.context, worker=worker_main,
+                [functools.partial(gym.Env.__new__, Worker)] * len(workers),  # only the first is asked for its spaces
+                shared_memory=False, context=self.context, worker=functools.partial(worker_main, workers),
                 autoreset_mode=AutoresetMode.DISABLED,
             )  # fmt: skip
         finally:
@@ -1100,79 +1044,65 @@ class VecEnv(AsyncVectorEnv):
     def close(self, kill: bool = False) -> None:
         """Lets the workers close their environments; ends those that do not in time, or all of them at once."""
         end = time.monotonic() + (0 if kill else CLOSING)
-        for pipe in self.parent_pipes if self.processes else ():
+        for pipe in self.parent_pipes:
             with contextlib.suppress(OSError):
                 pipe.send(("close", None))
-        for process, pipe in zip(self.processes, self.parent_pipes if self.processes else ()):
+        for process, pipe in zip(self.processes, self.parent_pipes):
             process.join(max(0.0, end - time.monotonic()))
             process.kill()  # not terminate(): a stopped process would never get to it
             process.join()
             pipe.close()
         self.processes, self.closed = [], True
 
-    def call(self, name: str, policy: list[np.ndarray], *args: Any) -> list[Any]:
-        """Calls a method of every worker, which acts with `policy` (policy_arrays).
-
-        After a fault, new workers continue where the last rollout ended.
-        """
-        acting = Policy(policy, self.args.activation, self.task.low, self.task.high)
+    def call(self, name: str, weights: dict[str, Tensor], *args: Any) -> list[Any]:
+        """Calls a method of every worker, to act with these weights. After a fault, new workers take over."""
+        acting = Policy(weights, self.args.activation, self.task.low, self.task.high)
         for attempt in range(1, MAX_FAULTS + 1):
-            results: Sequence[Any] = ()
             try:
                 if not self.processes:
                     self.start()
                 self.call_async("run", name, acting, *args)
-                fault = self.wait()
-                results = () if fault else self.call_wait()
-            except (EOFError, OSError):
-                fault = self.dead_worker()
-            except BaseException:  # Ctrl-C in an evaluation
-                self.close(kill=True)
-                raise
-            failed = [f"worker {i} failed:\n{result}" for i, result in enumerate(results) if isinstance(result, str)]
-            fault = fault or "".join(failed[:1])
-            if not fault:
-                return list(results)
+                return self.wait()
+            except (EOFError, OSError, TrainingError) as error:
+                codes = enumerate(process.join(0.2) or process.exitcode for process in self.processes)
+                ended = (f"worker {i} ended with exit code {code}" for i, code in codes if code)
+                fault = error if isinstance(error, TrainingError) else next(ended, "a worker closed its pipe")
             self.close(kill=True)
             self.restarts += 1
             if attempt < MAX_FAULTS:
-                warn(f"{fault}; starting new workers where the last rollout ended")
+                say(f"warning: {fault}; starting new workers where the last rollout ended")
         raise TrainingError(f"gave up after {MAX_FAULTS} attempts without progress: {fault}")
 
-    def wait(self) -> str | None:
-        """Waits for all workers' answers. Returns what is wrong if one takes no step for --worker-timeout."""
+    def wait(self) -> list[Any]:
+        """All workers' results. Raises TrainingError if one failed, or takes no step for --worker-timeout."""
         beats, timeout = self.data.beats, self.args.worker_timeout
         waiting = {pipe: i for i, pipe in enumerate(self.parent_pipes)}
         seen, since = beats.copy(), np.full(len(beats), time.monotonic())
         while waiting:
-            for pipe in multiprocessing.connection.wait(list(waiting), timeout=min(0.5, timeout / 4)):
+            for pipe in connection.wait(list(waiting), timeout=min(0.5, timeout / 4)):
                 del waiting[pipe]
             since[beats != seen] = time.monotonic()
             seen = beats.copy()
             for i in waiting.values():
                 if time.monotonic() - since[i] > (timeout if seen[i] else max(timeout, STARTING)):
-                    return f"worker {i} took no step for {timeout:g} s"
-        return None
+                    raise TrainingError(f"worker {i} took no step for {timeout:g} s")
+        results = list(self.call_wait())
+        for i, result in enumerate(results):
+            if isinstance(result, str):
+                raise TrainingError(f"worker {i} failed:\n{result}")
+        return results
 
-    def dead_worker(self) -> str:
-        for i, process in enumerate(self.processes):
-            process.join(0.2)
-            if code := process.exitcode:
-                return f"worker {i} " + (f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}")
-        return "a worker closed its pipe"
+    def rollout(self, weights: dict[str, Tensor], noise: np.ndarray, global_step: int) -> Rollout:
+        """A rollout of all environments with an agent's weights and `noise` (T, N, action_dim).
 
-    def rollout(self, policy: list[np.ndarray], noise: np.ndarray, global_step: int) -> Rollout:
-        """A rollout of all environments with `policy` (policy_arrays) and `noise` (T, N, action_dim).
-
-        The snapshot moves on when it is complete; the tensors are views of memory that the next one fills again.
-        Raises TrainingError if a worker keeps failing, or an observation, action or reward is not finite.
+        The tensors are views of memory that the next one fills again. Raises TrainingError for what is not finite.
         """
         data = self.data
         data.noise[...] = noise
         data.restarted[...] = False
-        shares = self.call("rollout", policy)
+        shares = self.call("rollout", weights)
         if data.restarted.any():
-            warn(f"{data.restarted.sum()} environments cannot be replayed; their episodes start anew")
+            say(f"warning: {data.restarted.sum()} environments cannot be replayed; their episodes start anew")
         bad = []
         for order, name in enumerate(("obs", "actions", "final_obs", "rewards")):
             places = np.argwhere(~np.isfinite(getattr(data, name)))
@@ -1195,12 +1125,9 @@ class VecEnv(AsyncVectorEnv):
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
         return Rollout(**{name: torch.from_numpy(getattr(data, name)) for name in names}, episodes=episodes)
 
-    def play(self, policy: list[np.ndarray], seeds: list[int], published: bool = False) -> Episodes:
-        """One episode per seed with the deterministic policy: undiscounted raw return, length and fall of each.
-
-        One episode each is a quota that favours no short ones (SB3 #402). The number of workers changes no bit.
-        """
-        shares = self.call("play", policy, seeds, self.num_workers, published)
+    def play(self, weights: dict[str, Tensor], seeds: list[int], published: bool = False) -> Episodes:
+        """One episode per seed with the deterministic policy, a quota that favours no short ones (SB3 #402)."""
+        shares = self.call("play", weights, seeds, self.num_workers, published)
         episodes = sorted(itertools.chain.from_iterable(shares))
         for i, ret, *_ in episodes:
             if not math.isfinite(ret):
@@ -1214,10 +1141,7 @@ def usable_cores() -> int:
 
 # ---- Walkers ---------------------------------------------------------------------------------------------------------
 
-
-RAYS = 10
-RAY_X = np.array([math.sin(1.5 * i / 10.0) * stock.LIDAR_RANGE for i in range(RAYS)])
-RAY_Y = np.array([math.cos(1.5 * i / 10.0) * stock.LIDAR_RANGE for i in range(RAYS)])
+RAYS = np.array([(math.sin(1.5 * i / 10.0), math.cos(1.5 * i / 10.0)) for i in range(10)]).T * stock.LIDAR_RANGE
 NEAR_EDGES = 14  # edges that the ten rays can reach, the one behind the hull included
 NEAR_POLYGONS = 8  # obstacles that they can reach (6 at most, counted over Hardcore terrains), padded
 MOTOR_SPEEDS = np.array([stock.SPEED_HIP, stock.SPEED_KNEE] * 2, np.float32)
@@ -1228,12 +1152,11 @@ FINISH = (stock.TERRAIN_LENGTH - stock.TERRAIN_GRASS) * stock.TERRAIN_STEP
 class Walker(stock.BipedalWalker):
     """BipedalWalker with a new Box2D world at each reset, as LunarLander has it, and less Python in a step.
 
-    The published one reuses its world: the order of its contacts, and with it the last bits of a trajectory, depend on
+    The published one reuses its world, and with it the order of its contacts: the last bits of a trajectory depend on
     the episodes before. In a fresh world an episode is a function of its seed and actions alone.
 
-    The walkers of one worker are stepped together (step_walkers): Box2D one by one, their lidars in one NumPy ray cast
-    over the terrain instead of ten Python callbacks each. The bits are the published ones (tests/test_walker.py), in
-    less than half the time.
+    The walkers of a worker are stepped together (step_walkers), their lidars in one NumPy ray cast instead of ten
+    Python callbacks each: the published bits (tests/test_walker.py) in less than half the time.
     """
 
     def __init__(self, max_episode_steps: int, **kwargs: Any) -> None:
@@ -1242,10 +1165,8 @@ class Walker(stock.BipedalWalker):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self.world.contactListener = None  # breaks the cycle world, listener, environment: it holds C++ memory
-        self.world, self.terrain, self.elapsed = Box2D.b2World(), [], 0
-        result = super().reset(seed=seed, options=options)
-        self.elapsed = 0  # the published reset takes a step
-        return result
+        self.world, self.terrain, self.elapsed = Box2D.b2World(), [], -1  # the published reset takes a step
+        return super().reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.floating, bool, bool, dict]:
         obs, reward, terminated, truncated = step_walkers([self], np.asarray(action)[None])
@@ -1267,9 +1188,8 @@ class Walker(stock.BipedalWalker):
         cells = np.arange(len(self.terrain_x))[:, None] * stock.TERRAIN_STEP
         reach = (left < cells + stock.TERRAIN_STEP + stock.LIDAR_RANGE) & (right > cells)
         assert reach.sum(1).max(initial=0) <= NEAR_POLYGONS
-        nearest = np.argsort(~reach, axis=1, kind="stable")[:, :NEAR_POLYGONS]
-        near = np.full((len(cells), NEAR_POLYGONS), len(bodies))
-        near[:, : nearest.shape[1]] = np.where(np.take_along_axis(reach, nearest, 1), nearest, len(bodies))
+        reach = np.pad(reach, ((0, 0), (0, NEAR_POLYGONS)))
+        near = np.sort(np.where(reach, np.arange(reach.shape[1]), len(bodies)), axis=1)[:, :NEAR_POLYGONS]
         self.polygons, self.near, self.any_near = polygons, near, reach.any(1)
 
 
@@ -1284,8 +1204,7 @@ def edge_vectors(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.nda
 def step_walkers(walkers: Sequence[Walker], actions: np.ndarray) -> Steps:
     """One step of each walker with its row of actions (n, 4); what BipedalWalker.step does, in the same arithmetic.
 
-    Returns: observations (n, 24) float32, rewards (n,), terminated (n,), truncated (n,). Rewards have the actions'
-    precision, as the published ones do under NumPy 2.
+    Rewards have the actions' precision, as the published ones do under NumPy 2.
     """
     n = len(walkers)
     if not np.issubdtype(actions.dtype, np.floating):
@@ -1317,7 +1236,6 @@ def step_walkers(walkers: Sequence[Walker], actions: np.ndarray) -> Steps:
         shaping = 130 * px / stock.SCALE - 5.0 * abs(angle)
         progress[i] = 0.0 if walker.prev_shaping is None else shaping - walker.prev_shaping
         walker.prev_shaping = shaping
-        walker.scroll = px - stock.VIEWPORT_W / stock.SCALE / 5
         walker.elapsed += 1
         fell[i] = walker.game_over or px < 0
         terminated[i] = fell[i] or px > FINISH
@@ -1341,8 +1259,8 @@ def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.nda
     cells = np.clip((x / stock.TERRAIN_STEP).astype(int), 0, len(walkers[0].near) - 1)
     first = np.clip(cells - 1, 0, walkers[0].edges.shape[1] - NEAR_EDGES).tolist()
     px, py = x.astype(np.float32)[:, None, None], y.astype(np.float32)[:, None, None]
-    dx = (x[:, None] + RAY_X).astype(np.float32)[:, :, None] - px
-    dy = (y[:, None] - RAY_Y).astype(np.float32)[:, :, None] - py
+    dx = (x[:, None] + RAYS[0]).astype(np.float32)[:, :, None] - px
+    dy = (y[:, None] - RAYS[1]).astype(np.float32)[:, :, None] - py
 
     edges = np.concatenate([w.edges[:, i : i + NEAR_EDGES] for w, i in zip(walkers, first)])
     vx, vy, ex, ey, nx, ny, square = edges.reshape(len(walkers), 7, 1, NEAR_EDGES).swapaxes(0, 1)
@@ -1383,11 +1301,10 @@ PRACTICE_EVERY = 5  # steps from one place that is kept to the next
 class Practice(Worker):
     """A worker that sends its walkers back to where they fell, for a share of their steps (--practice).
 
-    A walker that falls on one course in ten learns nothing about it in most of its steps. So it practises: an episode
-    begins shortly before one of its last falls, on that course, in the same place and at the same speed, and is cut off
-    shortly after the place of the fall. To PPO it is a truncated episode like others. It has the length and the return
-    that the one that fell had there, for --critic-progress. Starting from states on the way is an idea of Salimans &
-    Chen 2018 (arXiv:1812.03381), for demonstrations.
+    A walker that falls on one course in ten learns nothing about it in most of its steps. So an episode begins shortly
+    before one of its last falls, on that course, in the same place, at the same speed, with the length and the return
+    of then (for --critic-progress), and is cut off shortly after the place of the fall. To PPO it is a truncated
+    episode like others. (To start from states on the way: Salimans & Chen 2018, arXiv:1812.03381.)
     """
 
     memory_size = (1 + PRACTICE_FALLS) * PLACE + 2
@@ -1454,10 +1371,7 @@ def walker_state(env: gym.Env) -> list[float]:
 
 
 def put_back(env: gym.Env, state: np.ndarray) -> None:
-    """Puts a walker that has just been reset to the same course where it was when walker_state() gave `state`.
-
-    It then goes on as it did, but for the impulses that Box2D's solver remembers from one step to the next.
-    """
+    """Puts a walker, just reset to that course, back where it was; but Box2D's solver remembers nothing."""
     walker = env.unwrapped
     for body, (x, y, angle, vx, vy, spin) in zip((walker.hull, *walker.legs), state[3:].reshape(5, 6).tolist()):
         body.transform = (x, y), angle
@@ -1490,16 +1404,12 @@ class State:
         self.agent = Agent(task.obs_dim, task.extra_dim, task.action_dim, args).to(device)
         self.average = AveragedModel(self.agent, use_buffers=True)  # average_weights
         self.optimizers = make_optimizers(self.agent)
-        for optimizer in self.optimizers:  # as the first step would make it: a checkpoint always has it
-            (flat,) = optimizer.param_groups[0]["params"]
-            step, zeros = torch.zeros((), device=device), torch.zeros_like(flat.data)
-            optimizer.state[flat] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
         check_copy(self.agent, task, args)
         self.return_statistics = Normalizer(1)  # scale_rewards
         self.discounted_return = torch.zeros(args.num_envs, dtype=torch.float64)
         self.noise_rng = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
         self.shuffle_rng = torch.Generator().manual_seed(int(shuffle.generate_state(1)[0]))
-        self.envs = new_snapshot(args.num_envs, task.obs_dim, worker_class(args).memory_size)
+        self.envs = new_snapshot(args.num_envs, task.obs_dim, Practice.memory_size * bool(args.practice))
         self.global_step = 0
         self.smoothed_return: float | None = None  # these three: note_returns
         self.lowest_return = math.inf
@@ -1535,11 +1445,12 @@ class State:
     def load(self, saved: dict[str, Any]) -> None:
         """Raises UserError if `saved` does not fit this agent and environment."""
         try:
-            check_same_kind(saved, {**self.state_dict(), "args": saved["args"]})
-            for evaluation in saved["evaluations"]:
-                check_same_kind(evaluation, self.best["evaluation"])
-            for chunk in itertools.chain(*saved["envs"]["actions"]):
-                check_same_kind(chunk, torch.empty(len(chunk), self.task.action_dim))
+            own = kind({**self.state_dict(), "args": saved["args"]})
+            row, chunk = kind(self.best["evaluation"]), torch.empty(0, self.task.action_dim)
+            grown = [kind(evaluation) == row for evaluation in saved["evaluations"]]
+            grown += [kind(actions[:0]) == kind(chunk) for actions in itertools.chain(*saved["envs"]["actions"])]
+            if kind(saved) != own or not all(grown):
+                raise ValueError("its entries, or their types or shapes, are others")
             for name, own in vars(self).items():
                 if isinstance(own, nn.Module):
                     own.load_state_dict(saved[name])
@@ -1554,34 +1465,25 @@ class State:
         self.finished = False
 
 
-def check_same_kind(saved: Any, own: Any, name: str = "it") -> None:
-    """Raises ValueError unless both have the same keys, types, shapes and dtypes. Lists of results may be longer.
+def kind(tree: Any, name: Any = "") -> Any:
+    """What a saved value must have in common with our own: keys, types, shapes and dtypes; lists of results may grow.
 
     A fused optimizer looks at no shape: it would write past the end of a tensor that is too small.
     """
-    if isinstance(own, dict):
-        if not isinstance(saved, dict) or saved.keys() != own.keys():
-            raise ValueError(f"{name} has other entries")
-        for key in own:
-            check_same_kind(saved[key], own[key], str(key))
-    elif type(saved) is not type(own) and not (own is None and type(saved) in (int, float)):
-        raise ValueError(f"{name} is a {type(saved).__name__}")
-    elif isinstance(own, Tensor) and (saved.shape, saved.dtype) != (own.shape, own.dtype):
-        raise ValueError(f"{name} has another shape or type")
-    elif isinstance(own, list) and name in ("optimizers", "actions"):
-        for parts in zip(saved, own, strict=True):
-            check_same_kind(*parts)
+    if isinstance(tree, dict):
+        return {key: kind(value, key) for key, value in tree.items()}
+    if isinstance(tree, list) and name in ("optimizers", "actions"):
+        return [kind(value) for value in tree]
+    if name in ("solved_at_step", "solved_at_s", "smoothed_return") and type(tree) in (int, float):
+        return type(None)
+    return (tree.shape, tree.dtype) if isinstance(tree, Tensor) else type(tree)
 
 
 def policy_dict(agent: Agent, args: Options, task: Task) -> dict[str, Any]:
     """A policy as plain types and tensors: what best.pt holds and a checkpoint begins with."""
-    return {
-        "format": FORMAT,
-        "args": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(args).items()},
-        "low": torch.from_numpy(task.low),
-        "high": torch.from_numpy(task.high),
-        "agent": agent.state_dict(),
-    }
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(args).items()}
+    low, high = torch.from_numpy(task.low), torch.from_numpy(task.high)
+    return {"format": FORMAT, "args": plain, "low": low, "high": high, "agent": agent.state_dict()}
 
 
 def read_file(path: Path) -> bytes:
@@ -1607,10 +1509,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Replaces `path` by `data`; a crash leaves the old file or the new one whole. `keep` becomes the old one.
-
-    Raises TrainingError where that fails, as on a full disk.
-    """
+    """Replaces `path` by `data`, whole or not at all; `keep` becomes the old file. Raises TrainingError."""
     temporary = path.with_name(path.name + ".tmp")
     with cannot_write(path):
         temporary.unlink(missing_ok=True)
@@ -1658,14 +1557,13 @@ def decode(data: bytes) -> dict[str, Any]:
     if hashlib.sha256(body).digest() != tail[len(MAGIC) :]:
         raise ValueError("is damaged: its digest does not match")
     try:
-        with zipfile.ZipFile(io.BytesIO(body)) as archive, warnings.catch_warnings():
+        with zipfile.ZipFile(io.BytesIO(body)) as archive, warnings.catch_warnings(action="ignore"):
             if sum(info.file_size for info in archive.infolist()) > len(body):
                 raise ValueError
             (pickled,) = (name for name in archive.namelist() if name.lower().endswith("/data.pkl"))
             for opcode, called, _ in pickletools.genops(archive.read(pickled)):
                 if "GLOBAL" in opcode.name and not re.fullmatch(PLAIN, str(called)):
                     raise ValueError
-            warnings.simplefilter("ignore")  # torch's about strange pickles
             tree = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         left, parts = len(body), [tree]
         for part in parts:
@@ -1684,8 +1582,7 @@ def decode(data: bytes) -> dict[str, Any]:
 def read_checkpoint(where: str | Path, policy: bool = False, runs_dir: str = "runs") -> tuple[Path, dict[str, Any]]:
     """The newest intact checkpoint of a run folder, or of a file and its predecessor; with `policy`, best.pt first.
 
-    "latest" is the run in `runs_dir` whose checkpoint is the newest. Returns the file used and its content. Raises
-    UserError if there is none.
+    "latest" is the run in `runs_dir` whose checkpoint is the newest. Returns also the file used. Raises UserError.
     """
     path = Path(where)
     if str(where) == "latest":
@@ -1695,37 +1592,28 @@ def read_checkpoint(where: str | Path, policy: bool = False, runs_dir: str = "ru
         names = ["best.pt"] * policy + ["checkpoint.pt", "checkpoint.previous.pt"]
         paths = [path / name for name in names]
     complaints = []
-    for path in paths:
+    for path in filter(os.path.lexists, paths):
         try:
             tree = decode(read_file(path))
-        except FileNotFoundError:
-            continue
+            for complaint in complaints:
+                say(f"warning: {complaint}; using {path.name}")
+            return path, tree
         except (OSError, ValueError) as error:
             complaints.append(f"{path} {error.strerror if isinstance(error, OSError) else error}")
-            continue
-        for complaint in complaints:
-            warn(f"{complaint}; using {path.name}")
-        return path, tree
     raise UserError("; ".join(complaints) or f"there is no checkpoint at {where}")
 
 
 def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
-    """The arguments in a checkpoint; flags that it lacks get their defaults. Raises UserError for flags that are gone.
-
-    To use a `policy`, those do not matter.
-    """
+    """The arguments in a checkpoint. Raises UserError for flags that are gone, unless only its `policy` is used."""
     import typeguard  # tyro depends on it
 
     try:
-        hints = typing.get_type_hints(Options)
+        hints = get_type_hints(Options)
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["args"].items()}
         if not policy and (gone := saved.keys() - hints.keys()):
             raise ValueError(f"another version of ppo_vec made it, with other flags ({', '.join(sorted(gone))})")
-        saved = {name: value for name, value in saved.items() if name in hints}
-        for name, value in saved.items():
-            typeguard.check_type(value, hints[name])
-        untrusted = {name: getattr(Options, name) for name in UNTRUSTED}
-        args = Options(**{**saved, **untrusted, "resume": None, "evaluate": None})
+        trusted = (saved.keys() & hints.keys()) - UNTRUSTED
+        args = Options(**{name: typeguard.check_type(saved[name], hints[name]) for name in trusted})
         validate(args)
         return args
     except Exception as error:
@@ -1744,12 +1632,10 @@ def load_policy(where: str | Path) -> Policy:
 def policy_of(tree: dict[str, Any]) -> Policy:
     """The policy in a checkpoint, whatever version of ppo_vec has written it. Raises UserError."""
     try:
-        arrays = policy_arrays(tree["agent"])
-        if not all(np.isfinite(array).all() for array in (*arrays, tree["low"].numpy(), tree["high"].numpy())):
-            raise ValueError("its weights are not finite")
-        policy = Policy(arrays, tree["args"]["activation"], tree["low"].numpy(), tree["high"].numpy())
-        if policy.sample(np.zeros((1, len(policy.obs_mean)), np.float32)).shape != (1, len(policy.low)):
-            raise ValueError("its shapes do not fit")
+        policy = Policy(tree["agent"], tree["args"]["activation"], tree["low"].numpy(), tree["high"].numpy())
+        actions = policy.sample(np.zeros((1, len(policy.obs_mean)), np.float32))
+        if actions.shape != (1, len(policy.low)) or not np.isfinite(policy.env_action(actions)).all():
+            raise ValueError("its shapes do not fit, or its weights are not finite")
         return policy
     except Exception as error:
         raise UserError(f"the checkpoint holds no policy of ours: {one_line(error)}") from error
@@ -1764,10 +1650,9 @@ ROUNDS = (10, 20, 100)  # episodes of a periodic evaluation; the second and thir
 
 def summarize(episodes: Episodes, goal: float | None) -> dict[str, Any]:
     returns = np.array([ret for ret, *_ in episodes])
-    solved = float((returns >= goal).mean()) if goal is not None else None
     return {
         "episodes": len(returns), "mean": float(returns.mean()), "std": float(returns.std()),
-        "min": float(returns.min()), "frac_solved": solved,
+        "min": float(returns.min()), "frac_solved": None if goal is None else float((returns >= goal).mean()),
     }  # fmt: skip
 
 
@@ -1785,11 +1670,9 @@ def should_evaluate(state: State, args: Options) -> bool:
     return spaced and affordable and state.global_step < args.total_timesteps  # deliver() has the last weights
 
 
-def play_episodes(
-    envs: VecEnv, state: State, weights: dict[str, Tensor], first: int, count: int, **how: Any
-) -> Episodes:
+def play_seeds(envs: VecEnv, state: State, weights: dict[str, Tensor], first: int, count: int, **how: Any) -> Episodes:
     """Episodes of the deterministic policy with these weights, on `count` seeds from `first` on."""
-    episodes = envs.play(policy_arrays(weights), list(range(first, first + count)), **how)
+    episodes = envs.play(weights, list(range(first, first + count)), **how)
     state.evaluation_steps += sum(length for _, length, _ in episodes)
     return episodes
 
@@ -1798,7 +1681,7 @@ def evaluate(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     """A periodic evaluation, on fresh selection seeds: keeps the best policies, notes when the task is solved."""
     goal, weights, episodes = state.task.goal, copy.deepcopy(state.agent.state_dict()), []
     for count in ROUNDS:
-        part = play_episodes(envs, state, weights, SELECTION_SEEDS + state.selection_episodes, count)
+        part = play_seeds(envs, state, weights, SELECTION_SEEDS + state.selection_episodes, count)
         state.selection_episodes += count
         episodes += part
         if count < ROUNDS[-1]:
@@ -1812,9 +1695,8 @@ def evaluate(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     state.evaluations.append(row)
     if rank(row) > rank(state.best["evaluation"]):
         state.best = {"agent": weights, "evaluation": row}
-        write_best(state, folder)
     log.evaluation(state, row)
-    write_summary(envs, state, folder, state.best["evaluation"], row)
+    write_results(envs, state, folder, state.best["evaluation"], row)
 
 
 def rank(evaluation: dict[str, Any]) -> float:
@@ -1822,61 +1704,50 @@ def rank(evaluation: dict[str, Any]) -> float:
     return evaluation["mean"] - evaluation["std"] / math.sqrt(evaluation["episodes"])
 
 
-def write_best(state: State, folder: Path) -> None:
-    write_file(folder / "best.pt", encode({**policy_dict(state.agent, state.args, state.task), **state.best}))
-
-
 def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     """The end of a run: what it delivers, and its test.
 
     That is the last weights, or with --swa-share their mean, unless the best policy of the periodic evaluations is
-    better on fresh selection seeds, as after a training that went wrong late. The test, on other seeds and the
-    published environment, chooses nothing.
+    better on fresh selection seeds. The test, on other seeds and the published environment, chooses nothing.
     """
     args, goal, step = state.args, state.task.goal, state.global_step
     source = state.average.module if args.swa_share else state.agent
     last = {"agent": copy.deepcopy(source.state_dict()), "evaluation": {"global_step": step}}
     contenders = [last, *[state.best] * bool(state.evaluations)]
+    first = SELECTION_SEEDS + state.selection_episodes
     for policy in contenders:
-        episodes = play_episodes(
-            envs, state, policy["agent"], SELECTION_SEEDS + state.selection_episodes, args.eval_episodes
-        )
-        of = {"global_step": policy["evaluation"]["global_step"], "time_s": state.wall_time()}
-        policy["evaluation"] = {**of, **summarize(episodes, goal)}
+        episodes = play_seeds(envs, state, policy["agent"], first, args.eval_episodes)
+        policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **summarize(episodes, goal)}
     state.selection_episodes += args.eval_episodes
     row, state.best = last["evaluation"], max(contenders, key=lambda policy: rank(policy["evaluation"]))
     if goal is not None and not state.solved_at_step and row["mean"] >= goal and row["episodes"] >= ROUNDS[-1]:
         state.solved_at_step, state.solved_at_s = step, state.wall_time()
     state.evaluations.append(row)
     log.evaluation(state, row)
-    write_best(state, folder)
 
-    last_test = test = play_episodes(envs, state, last["agent"], TEST_SEEDS, args.eval_episodes, published=True)
-    what = f"the last weights{', averaged' * bool(args.swa_share)}"
-    say(f"test on unseen episodes of the published environment: {what}: {summary_text(summarize(test, goal))}")
+    last_test = test = play_seeds(envs, state, last["agent"], TEST_SEEDS, args.eval_episodes, published=True)
     if state.best is not last:
-        test = play_episodes(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True)
-        what = f"an earlier policy, of step {state.best['evaluation']['global_step']}"
+        test = play_seeds(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True)
     last_result, result = summarize(last_test, goal), summarize(test, goal)
+    averaged = "the mean of the last weights" if args.swa_share else "the last weights"
+    what = averaged if state.best is last else f"an earlier policy, of step {state.best['evaluation']['global_step']}"
+    say(f"test on unseen episodes of the published environment: {averaged}: {summary_text(last_result)}")
     say(f"delivered: {what}: {summary_text(result)}")
     rows = [f"{TEST_SEEDS + i},{ret!r},{length},{fell}\n" for i, (ret, length, fell) in enumerate(test)]
     write_file(folder / "evaluation.csv", "".join(("seed,return,length,fell\n", *rows)).encode())
     if args.capture_video:
-        policy = Policy(policy_arrays(state.best["agent"]), args.activation, state.task.low, state.task.high)
+        policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
         say(f"video: {record_video(args, policy, folder, TEST_SEEDS)}")
     state.finished = True
-    write_summary(envs, state, folder, result, last_result)
+    write_results(envs, state, folder, result, last_result)
 
 
 def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path:
-    """Writes a whole episode of the deterministic policy as an mp4, frame by frame (RecordVideo would keep all).
-
-    Raises TrainingError where that fails.
-    """
+    """Writes an episode of the policy as an mp4, frame by frame (RecordVideo would keep all). Raises TrainingError."""
     import imageio
 
-    path = folder / "videos" / f"{file_name(args.env_id)}-seed{seed}.mp4"
-    temporary = path.with_name(f"{path.stem}.tmp.mp4")
+    path = folder / "videos" / f"{re.sub('[/:]', '_', args.env_id)}-seed{seed}.mp4"
+    temporary = path.with_suffix(".tmp.mp4")
     try:
         path.parent.mkdir(exist_ok=True)
         if is_odd(path.parent):
@@ -1885,7 +1756,7 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path
         env = make_env(args, published=True, render_mode="rgb_array")
         fps = env.metadata.get("render_fps", 30)
         # macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
-        with contextlib.closing(env), imageio.get_writer(temporary, fps=fps, macro_block_size=2) as writer:
+        with closing(env), imageio.get_writer(temporary, fps=fps, macro_block_size=2) as writer:
             obs = reset_env(env, seed)
             writer.append_data(env.render())
             for _ in range(ENDLESS):
@@ -1900,15 +1771,6 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path
 
 
 # ---- The run folder: checkpoints, summary, logs, picture -------------------------------------------------------------
-
-
-def file_name(env_id: str) -> str:
-    """The id as a part of a file's name; Weights and Biases and Windows refuse the colon of "module:Env-v0"."""
-    return env_id.replace("/", "_").replace(":", "_")
-
-
-def warn(message: str) -> None:
-    say(f"ppo_vec.py: warning: {message}")
 
 
 def say(message: str) -> None:
@@ -1943,8 +1805,9 @@ def save(folder: Path, state: State, log: Log) -> None:
     state.save_cost = state.saved_at - began
 
 
-def write_summary(envs: VecEnv, state: State, folder: Path, best: dict[str, Any], last: dict[str, Any]) -> None:
-    """`best`: the evaluation of best.pt, `last`: of the last weights."""
+def write_results(envs: VecEnv, state: State, folder: Path, best: dict[str, Any], last: dict[str, Any]) -> None:
+    """best.pt, and summary.json with its evaluation, `best`, and that of the last weights."""
+    write_file(folder / "best.pt", encode({**policy_dict(state.agent, state.args, state.task), **state.best}))
     summary = {
         "env_id": state.args.env_id, "seed": state.args.seed, "global_step": state.global_step,
         "evaluation_steps": state.evaluation_steps, "wall_time_s": round(state.wall_time(), 3),
@@ -1961,26 +1824,22 @@ def write_summary(envs: VecEnv, state: State, folder: Path, best: dict[str, Any]
 class Log:
     """TensorBoard's event file, episodes.csv, the progress bar and Weights and Biases.
 
-    Both files only grow. A resumed run cuts off what was written after its checkpoint, so that there is one event file
-    and one axis, and no step comes twice (SB3 #433, #975). Raises TrainingError where the disk is full.
+    A resumed run cuts off what was written after its checkpoint: one file, one axis, no step twice (SB3 #433, #975).
     """
 
     def __init__(self, folder: Path, state: State) -> None:
         self.args, self.steps_before = state.args, state.global_step
         self.started = self.clock = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.recent: deque[tuple[float, int]] = deque(maxlen=100)  # (return, length) of the last episodes
         self.wandb = start_wandb(self.args) if self.args.track else None
-        before, summary = read_json(folder / "args.json"), read_json(folder / "summary.json")
+        before = read_json(folder / "args.json")
         earlier = before.pop("earlier", [])
         earlier = (earlier if isinstance(earlier, list) else []) + [before] * bool(before)
         info = {**describe_run(self.args), "earlier": earlier}
         write_file(folder / "args.json", json.dumps(info, indent=2).encode())
-        if summary.get("finished"):  # a finished run that goes on
+        if (summary := read_json(folder / "summary.json")).get("finished"):  # a finished run that goes on
             write_file(folder / "summary.json", json.dumps({**summary, "finished": False}, indent=2).encode())
-        events = sorted(folder.glob("events.out.tfevents.*"))
-        path = events[0] if events else folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}"
-        self.paths = {"events": path, "episodes": folder / "episodes.csv"}
+        self.paths = {"events": folder / "events.out.tfevents.0", "episodes": folder / "episodes.csv"}
         headers = self.record(file_version="brain.Event:2"), b"global_step,time_s,return,length,env\n"
         self.files: dict[str, Any] = {}
         for (name, path), header in zip(self.paths.items(), headers):
@@ -2036,34 +1895,27 @@ class Log:
 
     def iteration(self, state: State, rollout: Rollout, metrics: dict[str, float], now: Options) -> None:
         """One iteration: TensorBoard, episodes.csv, progress bar. Every tag is explained in the README."""
-        rollout_s, update_s = self.seconds["rollout"], self.seconds["update"]
+        rollout_s, update_s, size = self.seconds["rollout"], self.seconds["update"], self.args.batch_size
         state.train_time_s += rollout_s + update_s
         for e in (whole := [e for e in rollout.episodes if not e["practice"]]):
             tags = {"charts/episodic_return": e["return"], "charts/episodic_length": float(e["length"])}
             self.scalars(e["global_step"], tags)
             line = f"{e['global_step']},{state.wall_time():.3f},{e['return']!r},{e['length']},{e['env']}\n"
             self.write("episodes", line.encode())
-            self.recent.append((e["return"], e["length"]))
         values = {
-            "time/SPS": self.args.batch_size / (rollout_s + update_s),
-            "time/SPS_rollout": self.args.batch_size / rollout_s,
+            "time/SPS": size / (rollout_s + update_s), "time/SPS_rollout": size / rollout_s,
             "time/SPS_total": (state.global_step - self.steps_before) / (time.perf_counter() - self.started),
-            "time/rollout_s": rollout_s,
-            "time/update_s": update_s,
-            "policy/learning_rate": now.learning_rate,
+            "time/rollout_s": rollout_s, "time/update_s": update_s, "policy/learning_rate": now.learning_rate,
             **{f"losses/{name}": value for name, value in metrics.items()},
-        }
+        }  # fmt: skip
         practised = [e for e in rollout.episodes if e["practice"]]
         for tag, episodes in (("charts/fall_rate", whole), ("charts/practice_fall_rate", practised)):
             values |= {tag: float(np.mean([e["fell"] for e in episodes]))} if episodes else {}
         self.scalars(state.global_step, values)
         self.flush()
         with contextlib.suppress(OSError):  # stderr may be a file on a full disk
-            shown = {"SPS": f"{values['time/SPS']:.0f}"}
-            if self.recent:
-                ret, length = np.mean(self.recent, axis=0)
-                shown = {"return": f"{ret:.1f}", "length": f"{length:.0f}", **shown}
-            self.bar.set_postfix(shown, refresh=False)
+            smoothed = math.nan if state.smoothed_return is None else state.smoothed_return
+            self.bar.set_postfix_str(f"return={smoothed:.1f}, SPS={values['time/SPS']:.0f}", refresh=False)
             self.bar.update(min(state.global_step, self.args.total_timesteps) - self.bar.n)
 
     def evaluation(self, state: State, row: dict[str, Any]) -> None:
@@ -2094,12 +1946,10 @@ def describe_run(args: Options) -> dict[str, Any]:
         "args": dataclasses.asdict(args),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version(), **{k: str(v.__version__) for k, v in versions.items()}},
-        "git_commit": commit,
-        "cpu": cpu,
+        "git_commit": commit, "cpu": cpu, "cores": usable_cores(),
         "kernels": {"torch": torch.backends.cpu.get_cpu_capability(), **kernels},
-        "cores": usable_cores(),
         "gpu": torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else None,
-    }
+    }  # fmt: skip
 
 
 def plot_learning_curve(folder: Path, state: State) -> None:
@@ -2107,7 +1957,7 @@ def plot_learning_curve(folder: Path, state: State) -> None:
     try:
         from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
     except ImportError:
-        return warn("no learning_curve.png without matplotlib")
+        return say("warning: no learning_curve.png without matplotlib")
     lines = read_file(folder / "episodes.csv").decode().splitlines()[1:]
     if not lines:
         return None
@@ -2135,37 +1985,22 @@ def plot_learning_curve(folder: Path, state: State) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-CHANGEABLE = {  # on --resume; whatever else changed would make it another run
-    "total_timesteps", "num_workers", "worker_timeout", "track", "capture_video", "eval_episodes", "cuda", "resume",
-    "runs_dir",
-}  # fmt: skip
 CHOSEN = {"num_workers", "worker_timeout", "capture_video", "eval_episodes", "evaluate", "runs_dir"}  # on --evaluate
-UNTRUSTED = {"track", "num_workers", "capture_video", "runs_dir", "run_name"}  # not taken from a checkpoint
+CHANGEABLE = CHOSEN | {"total_timesteps", "track", "cuda", "resume"}  # on --resume; the rest would make it another run
+# Not taken from a checkpoint.
+UNTRUSTED = {"track", "num_workers", "capture_video", "runs_dir", "run_name", "resume", "evaluate"}
 GRACE = 5.0  # seconds that an iteration has to finish after a signal
-
-
-def is_json_object(text: str) -> bool:
-    with contextlib.suppress(ValueError, RecursionError):
-        return isinstance(json.loads(text), dict)
-    return False
-
-
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what their values must be, in words
     ("num_\\w+|total_timesteps|update_epochs|eval_episodes", lambda v: v >= 1, "be at least 1"),
     ("\\w+_hidden_sizes", lambda v: all(size >= 1 for size in v), "all be at least 1"),
-    (
-        "(critic_)?learning_rate|clip_coef|max_grad_norm|target_kl|worker_timeout|initial_std",
-        lambda v: 0 < v < math.inf, "be a finite number greater than 0",
-    ),
+    ("(critic_)?learning_rate|clip_coef|max_grad_norm|target_kl|worker_timeout|initial_std",
+        lambda v: 0 < v < math.inf, "be a finite number greater than 0"),
     ("(final_)?gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     ("practice|swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
     ("anneal_share", lambda v: 0 < v <= 1, "lie in (0, 1]"),
     ("ent_coef|\\w+_coef|action_cost|min_std|seed", lambda v: 0 <= v < math.inf, "be a finite number, not negative"),
     ("(final_)?fall_reward", lambda v: -math.inf < v < 0, "be a finite number less than 0"),
-    ("activation", lambda v: v in ACTIVATIONS, f"be one of {', '.join(ACTIVATIONS)}"),
     ("run_name", lambda v: Path(v).name == v != "..", "be a plain folder name"),
-    ("env_kwargs", is_json_object, "be a JSON object"),
-    ("wrappers", lambda v: all(re.fullmatch(r"[\w.]+:\w+", name) for name in v), "each be of the form module:function"),
 )  # fmt: skip
 
 
@@ -2176,18 +2011,14 @@ def validate(args: Options) -> None:
         for pattern, holds, words in RULES:
             if re.fullmatch(pattern, f.name) and value is not None and not holds(value):
                 raise UserError(f"{flag(f.name)} must {words}, not {value!r}")
-    divides = args.batch_size % args.num_minibatches == 0
     for holds, message in (
         (args.final_gamma is None or max(args.gamma, args.final_gamma) < 1, "--final-gamma needs both gammas below 1"),
-        (args.worker_timeout <= threading.TIMEOUT_MAX, "--worker-timeout is too long"),
         (args.final_fall_reward is None or args.fall_reward is not None, "--final-fall-reward needs --fall-reward"),
         (not (args.min_std and args.state_dependent_std), "--min-std and --state-dependent-std exclude each other"),
         (args.min_std <= args.initial_std, "--min-std must not be more than --initial-std"),
-        ((args.num_workers or 1) <= args.num_envs, f"--num-workers {args.num_workers} is more than --num-envs"),
-        (divides, f"--num-minibatches must divide --num-envs x --num-steps, {args.batch_size}"),
+        (args.batch_size % args.num_minibatches == 0, "--num-minibatches must divide --num-envs x --num-steps"),
         (args.minibatch_size > 1, "--num-minibatches leaves one sample a minibatch: no advantage to normalise"),
         (args.resume is None or args.evaluate is None, "--resume and --evaluate exclude each other"),
-        ("" not in (args.resume, args.evaluate), "--resume and --evaluate need a run folder"),
     ):
         if not holds:
             raise UserError(message)
@@ -2198,10 +2029,7 @@ def flag(name: str) -> str:
 
 
 def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any] | None]:
-    """tyro twice: for the env id or the run; then with that environment's or that run's values as defaults.
-
-    Returns the arguments and, for --resume and --evaluate, the checkpoint's path and content. Raises UserError.
-    """
+    """tyro twice: for the env id or the run; then with its values as defaults. Returns the checkpoint, too."""
     argv, whole = list(argv), {flag(f.name) for f in dataclasses.fields(Options) if f.type.startswith("int")}
     for i, word in enumerate(argv):  # whole numbers may be written 1e6
         name, equals, value = word.rpartition("=") if word.startswith("--") else (argv[i - 1], "", word)
@@ -2209,7 +2037,6 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         if name.replace("_", "-") in whole and number and float(value).is_integer():
             argv[i] = (name + equals) * bool(equals) + f"{float(value):.0f}"
     first = tyro.cli(Options, args=[word for word in argv if word not in ("-h", "--help")])
-    validate(dataclasses.replace(Options(), resume=first.resume, evaluate=first.evaluate))
     where = first.resume if first.evaluate is None else first.evaluate
     if where is None:
         env_id = next((name for name in TUNED if first.env_id == name.rsplit("-v", 1)[0]), first.env_id)
@@ -2245,7 +2072,7 @@ def choose_device(args: Args) -> torch.device:
             torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")
             device = torch.device("cuda")
         except (RuntimeError, AssertionError) as error:  # none, one without kernels in this torch, one that is taken
-            warn(f"--cuda: no CUDA device that torch can use ({one_line(error)[:80]}); training on the CPU")
+            say(f"warning: --cuda: no CUDA device that torch can use ({one_line(error)[:80]}); training on the CPU")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # these matrices are too small to share; more threads only wait for each other
     torch.use_deterministic_algorithms(True)
@@ -2253,34 +2080,30 @@ def choose_device(args: Args) -> torch.device:
     return device
 
 
-def evaluate_run(args: Options, task: Task, policy: Policy, folder: Path) -> None:
+def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) -> None:
     """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints the result."""
-    arrays = [policy.obs_mean, policy.obs_scale, policy.std, *itertools.chain.from_iterable(policy.layers)]
     workers = args.num_workers or usable_cores()
     args = dataclasses.replace(args, num_envs=4 * TILE * workers, num_workers=workers, num_steps=1, practice=0.0)
-    seeds, episodes = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes)), []
-    envs = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim, 0))
-    with contextlib.closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
+    seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
+    envs, episodes = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim, 0)), []
+    with closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
         for start in range(0, len(seeds), args.num_envs):
             some = seeds[start : start + args.num_envs]
-            episodes += envs.play(arrays, some, published=True)
+            episodes += envs.play(tree["agent"], some, published=True)
             bar.update(len(some))
     length = np.mean([length for _, length, _ in episodes])
     print(f"{args.env_id}, deterministic: {summary_text(summarize(episodes, task.goal))}, mean length {length:.0f}")
     if args.capture_video:
-        print(f"video: {record_video(args, policy, folder, TEST_SEEDS)}")
+        print(f"video: {record_video(args, policy_of(tree), folder, TEST_SEEDS)}")
 
 
 def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> None:
     """Raises UserError for what this machine lacks, or a checkpoint of other sizes, before either costs anything."""
-    video = ("--capture-video", "imageio[ffmpeg]")
-    needed = {"wandb": ("--track", "wandb")} if args.track else {}
-    needed |= {"imageio": video, "imageio_ffmpeg": video} if args.capture_video else {}
-    for module, (name, package) in needed.items():
+    for name, module in (("track", "wandb"), ("capture_video", "imageio"), ("capture_video", "imageio_ffmpeg")):
         try:
-            importlib.import_module(module)
+            _ = getattr(args, name) and importlib.import_module(module)
         except ImportError as error:
-            raise UserError(f"{name} needs a package: pip install '{package}'") from error
+            raise UserError(f"{flag(name)} needs a package: pip install {module}") from error
     if args.evaluate is not None:
         return
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
@@ -2293,9 +2116,8 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> Non
         try:
             with torch.device("meta"):
                 own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args)
-            check_same_kind(tree["agent"], {k: v.to("meta") for k, v in own.state_dict().items()})
-            if len(tree["envs"]["episode"]) != args.num_envs:
-                raise ValueError("another number of environments")
+            if kind(tree["agent"]) != kind(own.state_dict()) or len(tree["envs"]["episode"]) != args.num_envs:
+                raise ValueError("other networks, or another number of environments")
         except Exception as error:
             raise UserError(f"the checkpoint does not fit: {one_line(error)}") from error
 
@@ -2322,7 +2144,6 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
         timer.start()
 
     timer = threading.Timer(GRACE, lambda: state.finished or end(received[0]))
-    timer.daemon = True
     main_thread = threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
     try:
@@ -2337,19 +2158,14 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
 
 @contextlib.contextmanager
 def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
-    """Names and makes the run folder, and keeps other processes out of it. Gives the arguments with its name.
-
-    Raises UserError if it cannot be written, if another process trains in it, or if a `new` run finds files there.
-    """
+    """Names and makes the run folder, and keeps other processes out of it. Gives the arguments with its name."""
     from filelock import FileLock, Timeout  # torch depends on it
 
-    stem = args.run_name or f"{file_name(args.env_id)}__ppo_vec__{args.seed}__{int(time.time())}"
+    # Weights and Biases and Windows refuse the colon of "module:Env-v0" in a name.
+    name = args.run_name or f"{re.sub('[/:]', '_', args.env_id)}__ppo_vec__{args.seed}__{time.time_ns() // 10**6}"
+    folder = Path(args.runs_dir) / name
     try:
-        for name in (stem, *(f"{stem}-{i}" for i in range(2, 100) if args.run_name is None)):
-            folder = Path(args.runs_dir) / name
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                break
+        folder.mkdir(parents=True, exist_ok=True)
         if odd := next(filter(is_odd, folder.iterdir()), None):
             raise UserError(f"{odd} is no regular file; remove it")
         lock = FileLock(folder / ".lock").acquire(timeout=5)  # a trainer that has just been stopped may still be ending
@@ -2374,7 +2190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (task.obs_dim, task.action_dim) != (len(policy.obs_mean), len(policy.low)):
                 raise UserError(f"the checkpoint does not fit {args.env_id}: other observations or actions")
             if args.evaluate is not None:
-                evaluate_run(args, task, policy, path.parent)
+                evaluate_run(args, task, tree, path.parent)
                 return 0
             step = tree.get("global_step")
             if tree.get("finished") is True and type(step) is int and step >= args.total_timesteps:

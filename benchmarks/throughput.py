@@ -124,9 +124,8 @@ class Bench:
     def worker(self, num_envs: int, first: int, last: int) -> pv.Worker:
         """Environments [first, last) of num_envs as a worker has them, but in this process."""
         state, envs = self.start(self.args_for(num_envs))
-        arrays = pv.policy_arrays(state.agent.state_dict())
-        policy = pv.Policy(arrays, state.args.activation, state.task.low, state.task.high)
-        worker = pv.Worker(0, first, last, envs)
+        policy = pv.Policy(state.agent.state_dict(), state.args.activation, state.task.low, state.task.high)
+        worker = pv.Worker(0, first, last, envs.args, envs.task, envs.shared, envs.snapshot)
         if problem := worker.run("restore", policy):
             raise RuntimeError(problem)
         return worker
@@ -214,7 +213,7 @@ Record = list[tuple[np.ndarray, np.ndarray]]  # actions and observations of roll
 def rollouts(bench: Bench, args: pv.Options, record: Record) -> Iterator[float]:
     """VecEnv.rollout alone. What it did in one turn is left in `record`."""
     state, envs = bench.start(args)
-    policy, rng = pv.policy_arrays(state.agent.state_dict()), np.random.default_rng(0)
+    policy, rng = state.agent.state_dict(), np.random.default_rng(0)
     with contextlib.closing(envs):
         while True:
             record.clear()
@@ -230,8 +229,9 @@ def rollouts(bench: Bench, args: pv.Options, record: Record) -> Iterator[float]:
 
 def rollouts_again(bench: Bench, args: pv.Options, record: Record) -> Iterator[float]:
     """The recorded rollouts, given their actions as noise on zeros: the same walking to the bit, stepping only."""
-    nothing = [np.zeros(shape, np.float32) for shape in (24, 24, 4, (24, 4), 4)]  # mean, scale, std, weight, bias
-    nothing[2] += 1
+    shapes = {"normalizer.mean": (24,), "normalizer.var": (24,), "distribution.logstd": (4,)}
+    shapes |= {"actor.0.weight": (4, 24), "actor.0.bias": (4,)}
+    nothing = {name: torch.zeros(shape) for name, shape in shapes.items()}
     envs = pv.VecEnv(args, bench.task, bench.start(args)[0].envs)
     with contextlib.closing(envs):
         while True:

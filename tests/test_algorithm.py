@@ -257,7 +257,7 @@ def test_the_numpy_policy_agrees_with_the_agent(activation: str, state_dependent
     assert mean.abs().max() > 0.5
     assert np.ptp(mean.numpy(), axis=0).min() > 0.1
     bound = np.ones(ACTIONS, np.float32)
-    policy, seen = ppo_vec.Policy(ppo_vec.policy_arrays(agent.state_dict()), activation, -bound, bound), obs[:, :OBS]
+    policy, seen = ppo_vec.Policy(agent.state_dict(), activation, -bound, bound), obs[:, :OBS]
     for offset in range(ppo_vec.TILE + 1):
         np.testing.assert_allclose(policy.sample(seen, None, offset), mean.numpy(), **close)
         np.testing.assert_allclose(policy.sample(seen, noise, offset), actions, **close)
@@ -270,7 +270,8 @@ def test_the_numpy_policy_agrees_with_the_agent(activation: str, state_dependent
 
 def make_policy(low: Any, high: Any) -> ppo_vec.Policy:
     low, high = (np.broadcast_to(np.asarray(bound, np.float32), 4) for bound in (low, high))
-    return ppo_vec.Policy([np.zeros(0, np.float32)] * 3, "tanh", low, high)
+    agent = Agent(1, 0, 4, make_args())
+    return ppo_vec.Policy(agent.state_dict(), "tanh", low, high)
 
 
 def test_env_actions_by_hand() -> None:
@@ -589,36 +590,25 @@ def test_a_loss_that_is_not_finite_is_named(broken: str) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_failing_job_is_told_when_the_other_has_ended(
+def test_a_failing_network_is_told_when_the_other_has_ended(
     failing: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the other would go on to change weights while its caller saves them."""
-    monkeypatch.setattr(ppo_vec, "usable_cores", lambda: 2)
-    failed, ended = threading.Event(), []
+    state, failed, ended = make_state(make_args()), threading.Event(), []
 
-    def fail() -> None:
-        failed.set()
-        raise error("a job")
-
-    def long() -> None:
+    def descend(agent: Agent, optimizer: Any, *_: Any) -> dict[str, float]:
+        if optimizer is state.optimizers[failing]:
+            failed.set()
+            raise error("a job")
         assert failed.wait(20)  # one after the other would not get past it
         time.sleep(0.2)
         ended.append(True)
+        return {}
 
+    monkeypatch.setattr(ppo_vec, "descend", descend)
     with pytest.raises(error, match="a job"):
-        ppo_vec.side_by_side(*((fail, long) if failing == 0 else (long, fail)))
+        update(state, fake_rollout(state), state.args)
     assert ended == [True]
-
-
-def test_on_one_core_jobs_run_one_after_the_other_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    args, results = make_args(), []
-    for cores in (1, 2):
-        monkeypatch.setattr(ppo_vec, "usable_cores", lambda cores=cores: cores)
-        threads = ppo_vec.side_by_side(threading.current_thread, threading.current_thread)
-        assert (threads[0] is threads[1]) == (cores == 1)
-        state = make_state(args)
-        results.append((update(state, fake_rollout(state), args), dict(state.agent.state_dict())))
-    assert_same(*results)
 
 
 # ---- What changes over a run -----------------------------------------------------------------------------------------

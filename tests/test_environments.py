@@ -29,7 +29,7 @@ from hypothesis import given
 from torch import Tensor
 
 import ppo_vec
-from ppo_vec import TILE, Options, Policy, Practice, State, Task, VecEnv, Worker, decode, encode, policy_arrays
+from ppo_vec import TILE, Options, Policy, Practice, State, Task, VecEnv, Worker, decode, encode
 
 WALKER, PENDULUM, LANDER, TOY = "BipedalWalker-v3", "Pendulum-v1", "LunarLanderContinuous-v3", "Toy-v0"
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def steps(
     state: State, envs: VecEnv, rollouts: int, before: Callable[[int], Any] = lambda k: None
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     """Rollouts of one policy: their rows in a row, (rollouts * T, N, ...), and the episodes that ended."""
-    parts, episodes, policy = [], [], policy_arrays(state.agent.state_dict())
+    parts, episodes, policy = [], [], state.agent.state_dict()
     for k in range(rollouts):
         before(k)
         shape = state.args.num_steps, state.args.num_envs, state.task.action_dim
@@ -156,13 +156,14 @@ def worker_here(args: Options, snapshot: dict[str, Any] | None = None) -> tuple[
     """A worker of all environments in this process."""
     state = State(args, ppo_vec.make_task(args), CPU)
     envs = VecEnv(args, state.task, snapshot or state.envs)
-    return ppo_vec.worker_class(args)(0, 0, args.num_envs, envs), state
+    kind = Practice if args.practice else Worker
+    return kind(0, 0, args.num_envs, args, envs.task, envs.shared, envs.snapshot), state
 
 
 def call(worker: Worker, name: str, *args: Any) -> Any:
     """With the policy of an agent that has learned nothing."""
     agent = State(worker.args, worker.task, CPU).agent
-    policy = Policy(policy_arrays(agent.state_dict()), worker.args.activation, worker.task.low, worker.task.high)
+    policy = Policy(agent.state_dict(), worker.args.activation, worker.task.low, worker.task.high)
     result = worker.run(name, policy, *args)
     assert not isinstance(result, str), result  # a traceback
     return result
@@ -347,7 +348,7 @@ def test_a_rows_place_in_its_tile_does_not_follow_the_workers(monkeypatch: pytes
     monkeypatch.setattr(ppo_vec, "check_copy", lambda *_: None)
     args, task, results = make_args(num_envs=10, num_steps=16), short_task(WALKER, 40), []
     state = State(args, task, CPU)
-    arrays, obs = policy_arrays(state.agent.state_dict()), np.random.default_rng(0).normal(size=(10, 24))
+    arrays, obs = state.agent.state_dict(), np.random.default_rng(0).normal(size=(10, 24))
     policy, obs = Policy(arrays, "tanh", task.low, task.high), obs.astype(np.float32)
     whole = policy.sample(obs)
     assert not np.array_equal(policy.sample(obs, offset=1), whole)
@@ -576,8 +577,8 @@ def test_evaluation_equals_published_environments_stepped_by_hand(env_id: str) -
     task = short_task(env_id, 120)
     for num_workers in (1, 2, 3):
         with trainer(dataclasses.replace(args, num_workers=num_workers), task=task) as (state, envs):
-            arrays = policy_arrays(state.agent.state_dict())
-            arrays[-1] = arrays[-1] + np.float32(0.3)
+            arrays = dict(state.agent.state_dict())
+            arrays["actor.4.bias"] = arrays["actor.4.bias"] + 0.3
             if num_workers == 1:
                 expected = by_hand(task, args, arrays, seeds)
                 assert len(set(expected)) >= (6 if env_id == TOY else 7)
@@ -716,7 +717,7 @@ class Contest:
         self.envs.play = self.play
 
     def play(self, arrays: list[np.ndarray], seeds: list[int], published: bool = False) -> list[tuple]:
-        policy = round(float(arrays[-1][0]), 3)
+        policy = round(float(arrays["actor.4.bias"][0]), 3)
         self.calls.append((policy, seeds, published))
         return [((self.tests if published else self.returns)(policy, seed), 7, False) for seed in seeds]
 
@@ -908,7 +909,7 @@ def test_other_environments_train_end_to_end(
     assert len(tree["evaluations"]) > 1
     tests = rows_of(folder / "evaluation.csv")
     assert np.mean([float(row["return"]) for row in tests]) == pytest.approx(summary["eval_mean"])
-    arrays = policy_arrays(decode((folder / "best.pt").read_bytes())["agent"])
+    arrays = decode((folder / "best.pt").read_bytes())["agent"]
     expected = by_hand(short_task(env_id, 200), make_args(env_id=env_id), arrays, [0, 1, 2, 3])
     assert expected == [(float(r["return"]), int(r["length"]), r["fell"] == "True") for r in tests]
 
@@ -923,7 +924,7 @@ def test_a_walker_learns_to_walk() -> None:
             while state.global_step < until:
                 iterate(state, envs)
             seeds = [SELECTION_SEEDS + i for i in range(8)]
-            episodes = envs.play(policy_arrays(state.agent.state_dict()), seeds)
+            episodes = envs.play(state.agent.state_dict(), seeds)
             mean = float(np.mean([ret for ret, *_ in episodes]))
     assert mean >= 50
     assert state.shown > 0.1

@@ -318,8 +318,8 @@ def test_a_run_that_does_not_end_by_itself_is_ended(
 
 # What a run does at its end: a function, and which calls of it are meant.
 ENDING: dict[str, tuple[str, Callable[..., Any]]] = {
-    "choice": ("play_episodes", lambda *args, **how: args[4] == 1 and not how),
-    "test": ("play_episodes", lambda *args, **how: how.get("published")),
+    "choice": ("play_seeds", lambda *args, **how: args[4] == 1 and not how),
+    "test": ("play_seeds", lambda *args, **how: how.get("published")),
     "video": ("record_video", lambda *_: True),
     "last checkpoint": ("save", lambda folder, state, log: state.finished),
     "picture": ("plot_learning_curve", lambda *_: True),
@@ -394,9 +394,9 @@ def lose(monkeypatch: Patch, method: str, number: int, which: int, once: Path) -
     monkeypatch.setattr(owner, method, wrapper)
 
 
-WARNING = {signal.SIGKILL: "worker 1 was ended by signal 9", signal.SIGSTOP: "worker 1 took no step for 3 s"}
+WARNING = {signal.SIGKILL: "worker 1 ended with exit code -9", signal.SIGSTOP: "worker 1 took no step for 3 s"}
 MOMENTS = [  # also in the midst of an episode; the third batch that is played is of the choice, the fourth of the test
-    ("__call__", 1), ("between rollouts", 2), ("step", 35), ("play_batch", 3),
+    ("run", 1), ("between rollouts", 2), ("step", 35), ("play_batch", 3),
     ("restore", 1), ("between rollouts", 1), ("play_batch", 1), ("play_batch", 4),
 ]  # fmt: skip
 

@@ -359,7 +359,8 @@ def descend(
     batch: dict[str, Tensor], shuffles: Tensor, args: Args,
 ) -> dict[str, float]:  # fmt: skip
     """Steps an optimizer's parameters down the loss of each minibatch. Returns the means of its metrics."""
-    (flat,), table = optimizer.param_groups[0]["params"], []
+    (flat,) = optimizer.param_groups[0]["params"]  # all parameters in one tensor, see make_optimizers
+    table = []
     for rows in shuffles:
         loss, metrics = loss_of(agent, {name: tensor[rows] for name, tensor in batch.items()}, args)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.views_of_flat)])

@@ -672,7 +672,7 @@ def make_task(args: Options) -> Task:
     """Raises UserError for an environment that cannot be made, or that PPO with a Gaussian cannot act in."""
     extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
-    try:
+    with refuse(what):  # unknown, a missing dependency, no display, or whatever the environment raises
         with warnings.catch_warnings(action="ignore"):  # of an outdated version: the error says it, too
             env = make_env(args, published=True, render_mode="rgb_array" if args.capture_video else None)
         if args.capture_video:
@@ -682,13 +682,9 @@ def make_task(args: Options) -> Task:
             env.render()
         obs, actions, spec = env.observation_space, env.action_space, env.spec
         env.close()
-    except Exception as error:  # unknown, a missing dependency, no display, or whatever the environment raises
-        raise UserError(f"{what}: {one_line(error)}") from error
-    if not isinstance(obs, gym.spaces.Box) or not isinstance(actions, gym.spaces.Box):
+    if not isinstance(obs, gym.spaces.Box) or not isinstance(actions, gym.spaces.Box) or not actions.is_bounded():
         kinds = f"{type(obs).__name__} observations and {type(actions).__name__} actions"
-        raise UserError(f"{what} has {kinds}; supported are environments with Box observations and Box actions")
-    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
-        raise UserError(f"{what} has unbounded actions; supported are finite bounds")
+        raise UserError(f"{what} has {kinds}; supported are Box observations and Box actions with finite bounds")
     if args.practice and (args.env_id not in WALKERS or args.wrappers):
         raise UserError(f"--practice needs one of {', '.join(WALKERS)}, without --wrappers")
     limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
@@ -705,6 +701,15 @@ def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def refuse(what: str, error_class: type[Exception] = UserError) -> Iterator[None]:
+    """Makes whatever is raised an error of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise error_class(f"{what}: {one_line(error)}") from error
 
 
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
@@ -1445,7 +1450,7 @@ class State:
 
     def load(self, saved: dict[str, Any]) -> None:
         """Raises UserError if `saved` does not fit this agent and environment."""
-        try:
+        with refuse("the checkpoint does not fit"):
             own = kind({**self.state_dict(), "args": saved["args"]})
             row, chunk = kind(self.best["evaluation"]), torch.empty(0, self.task.action_dim)
             grown = [kind(evaluation) == row for evaluation in saved["evaluations"]]
@@ -1461,8 +1466,6 @@ class State:
                     setattr(self, name, saved[name])
             for optimizer, state in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        except Exception as error:
-            raise UserError(f"the checkpoint does not fit: {one_line(error)}") from error
         self.finished = False
 
 
@@ -1608,7 +1611,7 @@ def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
     """The arguments in a checkpoint. Raises UserError for flags that are gone, unless only its `policy` is used."""
     import typeguard  # tyro depends on it
 
-    try:
+    with refuse("the checkpoint's arguments do not fit"):
         hints = get_type_hints(Options)
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["args"].items()}
         if not policy and (gone := saved.keys() - hints.keys()):
@@ -1617,8 +1620,6 @@ def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
         args = Options(**{name: typeguard.check_type(saved[name], hints[name]) for name in trusted})
         validate(args)
         return args
-    except Exception as error:
-        raise UserError(f"the checkpoint's arguments do not fit: {one_line(error)}") from error
 
 
 def load_policy(where: str | Path) -> Policy:
@@ -1632,14 +1633,12 @@ def load_policy(where: str | Path) -> Policy:
 
 def policy_of(tree: dict[str, Any]) -> Policy:
     """The policy in a checkpoint, whatever version of ppo_vec has written it. Raises UserError."""
-    try:
+    with refuse("the checkpoint holds no policy of ours"):
         policy = Policy(tree["agent"], tree["args"]["activation"], tree["low"].numpy(), tree["high"].numpy())
         actions = policy.sample(np.zeros((1, len(policy.obs_mean)), np.float32))
         if actions.shape != (1, len(policy.low)) or not np.isfinite(policy.env_action(actions)).all():
             raise ValueError("its shapes do not fit, or its weights are not finite")
         return policy
-    except Exception as error:
-        raise UserError(f"the checkpoint holds no policy of ours: {one_line(error)}") from error
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -1749,7 +1748,7 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path
 
     path = folder / "videos" / f"{re.sub('[/:]', '_', args.env_id)}-seed{seed}.mp4"
     temporary = path.with_suffix(".tmp.mp4")
-    try:
+    with refuse(f"cannot write {path}", TrainingError):  # a full disk, a renderer that has lost its display, ...
         path.parent.mkdir(exist_ok=True)
         if is_odd(path.parent):
             raise ValueError("videos is a link")
@@ -1766,8 +1765,6 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path
                 if terminated[0] or truncated[0]:
                     break
         os.replace(temporary, path)
-    except Exception as error:  # a full disk, a renderer that has lost its display, ...
-        raise TrainingError(f"cannot write {path}: {one_line(error)}") from error
     return path
 
 
@@ -1927,10 +1924,8 @@ class Log:
 def start_wandb(args: Options) -> Any:
     import wandb
 
-    try:
+    with refuse("--track"):  # not logged in, no network, an id that it refuses
         return wandb.init(project="ppo_vec", name=args.run_name, id=args.run_name, resume="allow", config=vars(args))
-    except Exception as error:  # not logged in, no network, an id that it refuses
-        raise UserError(f"--track: {one_line(error)}") from error
 
 
 def describe_run(args: Options) -> dict[str, Any]:
@@ -2101,10 +2096,8 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
 def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> None:
     """Raises UserError for what this machine lacks, or a checkpoint of other sizes, before either costs anything."""
     for name, module in (("track", "wandb"), ("capture_video", "imageio"), ("capture_video", "imageio_ffmpeg")):
-        try:
+        with refuse(f"{flag(name)} needs a package: pip install {module}"):
             _ = getattr(args, name) and importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(f"{flag(name)} needs a package: pip install {module}") from error
     if args.evaluate is not None:
         return
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
@@ -2114,13 +2107,11 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> Non
             what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is a rollout of {size / 2**30:.0f} GiB"
             raise UserError(f"{what}, more than this machine's memory")
     if tree is not None:
-        try:
+        with refuse("the checkpoint does not fit"):
             with torch.device("meta"):
                 own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args)
             if kind(tree["agent"]) != kind(own.state_dict()) or len(tree["envs"]["episode"]) != args.num_envs:
                 raise ValueError("other networks, or another number of environments")
-        except Exception as error:
-            raise UserError(f"the checkpoint does not fit: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -2160,7 +2151,7 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
 @contextlib.contextmanager
 def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
     """Names and makes the run folder, and keeps other processes out of it. Gives the arguments with its name."""
-    from filelock import FileLock, Timeout  # torch depends on it
+    from filelock import FileLock  # torch depends on it
 
     # Weights and Biases and Windows refuse the colon of "module:Env-v0" in a name.
     name = args.run_name or f"{re.sub('[/:]', '_', args.env_id)}__ppo_vec__{args.seed}__{time.time_ns() // 10**6}"
@@ -2170,10 +2161,9 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         if odd := next(filter(is_odd, folder.iterdir()), None):
             raise UserError(f"{odd} is no regular file; remove it")
         lock = FileLock(folder / ".lock").acquire(timeout=5)  # a trainer that has just been stopped may still be ending
-    except Timeout as error:
-        raise UserError(f"another process is training in {folder}") from error
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {folder}: {error.strerror}") from error
+    except OSError as error:  # the lock's Timeout is one, too
+        why = error.strerror or "another process is training in it"
+        raise UserError(f"cannot write the run folder {folder}: {why}") from error
     with lock:
         if new and any(file.suffix == ".pt" or file.name == "summary.json" for file in folder.iterdir()):
             raise UserError(f"{folder} already holds a run; --resume {folder} continues it")

@@ -1707,17 +1707,20 @@ def rank(evaluation: dict[str, Any]) -> float:
 def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     """The end of a run: what it delivers, and its test.
 
-    That is the last weights, or with --swa-share their mean, unless the best policy of the periodic evaluations is
-    better on fresh selection seeds. The test, on other seeds and the published environment, chooses nothing.
+    That is the last weights, or with --swa-share their mean. If these do not solve the task on fresh selection seeds,
+    the best policy of the periodic evaluations takes part: the better one is delivered. The test, on other seeds and
+    the published environment, chooses nothing.
     """
     args, goal, step = state.args, state.task.goal, state.global_step
     source = state.average.module if args.swa_share else state.agent
     last = {"agent": copy.deepcopy(source.state_dict()), "evaluation": {"global_step": step}}
-    contenders = [last, *[state.best] * bool(state.evaluations)]
-    first = SELECTION_SEEDS + state.selection_episodes
-    for policy in contenders:
+    contenders, first = [], SELECTION_SEEDS + state.selection_episodes
+    for policy in (last, state.best) if state.evaluations else (last,):
         episodes = play_seeds(envs, state, policy["agent"], first, args.eval_episodes)
         policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **summarize(episodes, goal)}
+        contenders.append(policy)
+        if goal is not None and policy["evaluation"]["mean"] >= goal:
+            break
     state.selection_episodes += args.eval_episodes
     row, state.best = last["evaluation"], max(contenders, key=lambda policy: rank(policy["evaluation"]))
     if goal is not None and not state.solved_at_step and row["mean"] >= goal and row["episodes"] >= ROUNDS[-1]:

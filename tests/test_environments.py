@@ -846,6 +846,18 @@ def test_what_a_run_delivers(tmp_path: Path, swa_share: float, earlier: float, w
     assert {(row["length"], row["fell"]) for row in rows} == {("7", "False")}
 
 
+@pytest.mark.parametrize(("last", "delivered"), [(200.0, 200.0), (199.0, 900.0)])
+def test_last_weights_that_solve_the_task_are_not_weighed_against_others(
+    tmp_path: Path, last: float, delivered: float
+) -> None:
+    contest = Contest(tmp_path, eval_episodes=3)
+    contest.evaluate(900.0, 1000)
+    contest.finish(last)
+    assert contest.best()[0] == delivered
+    choice = [policy for policy, _, published in contest.calls if not published]
+    assert choice == ([last] if last == delivered else [last, 900.0])
+
+
 def test_a_run_too_short_for_an_evaluation_delivers_its_last_weights(tmp_path: Path) -> None:
     contest = Contest(tmp_path, eval_episodes=3)
     contest.finish(last=-5.0)

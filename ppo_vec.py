@@ -1028,9 +1028,11 @@ class VecEnv(AsyncVectorEnv):
     def start(self) -> None:
         """Starts the workers, and waits for none of them."""
         bounds = np.linspace(0, self.args.num_envs, self.num_workers + 1).astype(int).tolist()
-        kind = Practice if self.args.practice else Worker
+        worker_class = Practice if self.args.practice else Worker
         common = self.args, self.task, self.shared, self.snapshot
-        workers = [functools.partial(kind, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))]
+        workers = [
+            functools.partial(worker_class, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))
+        ]
         self.data.beats[...], self.closed = 0, False
         if self.context == "spawn":  # its start would unblock them
             resource_tracker.ensure_running()

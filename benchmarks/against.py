@@ -1,6 +1,6 @@
 """Is this ppo_vec.py as fast as another one? Short trainings in turns (A B B A ...), on a quiet machine.
 
-    git worktree add /tmp/old 680bfdd && python benchmarks/against.py --program /tmp/old/ppo_vec.py
+    git clone . ../old && git -C ../old checkout 680bfdd && python benchmarks/against.py --program ../old/ppo_vec.py
 
 Prints, and writes to benchmarks/results/against.md, the median seconds of one rollout and of one update, with minimum
 and maximum over the turns, and the ratio to the other program.

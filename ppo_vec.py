@@ -50,6 +50,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_type_hints
 
+if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # else torch refuses: not deterministic
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 # Before NumPy is imported; what the user has set is respected. The policy's matrices are too small to share among
 # threads. OpenBLAS picks a kernel by processor, and each gives other last bits: take one that every AVX2 machine has.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
@@ -283,16 +285,15 @@ def gae(
 def policy_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped loss of one minibatch (arXiv:1707.06347, equation 7) minus the entropy bonus.
 
-    Args: mb with normalised obs (B, ...) and actions (B, action_dim); logprobs and advantages (B,).
+    Args: mb with normalised obs (B, ...) and actions (B, action_dim); logprobs and normalised advantages (B,).
     Returns: the loss, and metrics without gradient.
     """
     out = agent.policy(mb["obs"])
     logprob, entropy = agent.distribution.log_prob_entropy(out, mb["actions"])
     logratio = logprob - mb["logprobs"]
     ratio = logratio.exp()
-    advantages = (mb["advantages"] - mb["advantages"].mean()) / (mb["advantages"].std() + 1e-8)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()
+    pg_loss = -torch.minimum(mb["advantages"] * ratio, mb["advantages"] * clipped).mean()
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss
     if args.bounds_loss_coef:
@@ -325,9 +326,9 @@ def value_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor,
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are computed once. Actor and critic share nothing but the minibatches: each is clipped and stepped on
-    its own, at the same time. The normaliser is frozen until the end; then it merges the rollout's observations.
-    Raises TrainingError for a loss or gradient that is not finite.
+    Advantages are computed once, and normalised in each minibatch (37 details, no. 7). The observation normaliser is
+    frozen until the end; then it merges the rollout's observations. Raises TrainingError for a loss or gradient that
+    is not finite.
     """
     agent, (actor, critic) = state.agent, state.optimizers
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
@@ -336,17 +337,21 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     returns = gae(*steps, args.gamma, value_lambda) + rollout.values
     batch = {
         "obs": agent.normalizer(rollout.obs[:-1]), "actions": rollout.actions, "logprobs": rollout.logprobs,
-        "advantages": advantages, "returns": returns, "values": rollout.values,
+        "returns": returns, "values": rollout.values,
     }  # fmt: skip
-    batch = {name: rows.flatten(0, 1) for name, rows in batch.items()}
+    batch = {name: rows.flatten(0, 1).to(state.device) for name, rows in batch.items()}
     epochs = [torch.randperm(args.batch_size, generator=state.shuffle_rng) for _ in range(args.update_epochs)]
-    shuffles = torch.stack(epochs).view(-1, args.minibatch_size).to(returns.device)
+    shuffles = torch.stack(epochs).view(-1, args.minibatch_size)
+    shuffled = advantages.flatten()[shuffles]
+    normalized = (shuffled - shuffled.mean(1, keepdim=True)) / (shuffled.std(1, keepdim=True) + 1e-8)
+    minibatches = list(zip(shuffles.to(state.device), normalized.to(state.device)))
 
+    actor.found_inf.zero_()
     actor.param_groups[0]["lr"] = args.learning_rate
     critic.param_groups[0]["lr"] = args.critic_learning_rate or args.learning_rate
-    with ThreadPoolExecutor(1) as pool:  # the critic in a thread: -23 % update time on two cores
-        critic_metrics = pool.submit(descend, agent, critic, value_loss, batch, shuffles, args)
-        metrics = descend(agent, actor, policy_loss, batch, shuffles, args) | critic_metrics.result()
+    metrics: dict[str, float] = {}
+    for sums in state.descend_both(agent, state.optimizers, batch, minibatches, args):
+        metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
     spread = returns.var()
@@ -354,28 +359,57 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     return {**metrics, "explained_variance": explained}
 
 
+Minibatches = list[tuple[Tensor, Tensor]]  # indices of rows, and the normalised advantages of these, (B,) each
+
+
+def descend_both(
+    agent: Agent, optimizers: Sequence[torch.optim.Optimizer], batch: dict[str, Tensor], minibatches: Minibatches,
+    args: Args,
+) -> list[dict[str, Tensor]]:  # fmt: skip
+    """`descend` for actor and critic at the same time: they share nothing but the minibatches."""
+    actor, critic = optimizers
+    with ThreadPoolExecutor(1) as pool:  # the critic in a thread: -23 % update time on two cores
+        critic_sums = pool.submit(descend, agent, critic, value_loss, batch, minibatches, args)
+        return [descend(agent, actor, policy_loss, batch, minibatches, args), critic_sums.result()]
+
+
 def descend(
     agent: Agent, optimizer: torch.optim.Optimizer, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    batch: dict[str, Tensor], shuffles: Tensor, args: Args,
-) -> dict[str, float]:  # fmt: skip
-    """Steps an optimizer's parameters down the loss of each minibatch. Returns the means of its metrics."""
+    batch: dict[str, Tensor], minibatches: Minibatches, args: Args,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Steps an optimizer's parameters down the loss of each minibatch.
+
+    Returns the number of steps taken, and the sums over them of each metric.
+    """
     (flat,) = optimizer.param_groups[0]["params"]  # all parameters in one tensor, see make_optimizers
-    table = []
-    for rows in shuffles:
-        loss, metrics = loss_of(agent, {name: tensor[rows] for name, tensor in batch.items()}, args)
+    sums = torch.zeros((), device=flat.device)
+    for rows, advantages in minibatches:
+        mb = {name: tensor[rows] for name, tensor in batch.items()} | {"advantages": advantages}
+        loss, metrics = loss_of(agent, mb, args)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.views_of_flat)])
         metrics[f"{loss_of.__name__}_grad_norm"] = norm = gradient.norm()
-        # Before the step, so that no step is taken on a policy that has gone too far already (SB3).
-        if args.target_kl is not None and metrics.get("approx_kl", 0) > args.target_kl:
+        row = torch.stack([torch.ones_like(norm), *metrics.values()])
+        if args.target_kl is not None and "approx_kl" in metrics:
+            # Before the step, so that no step is taken on a policy that has gone too far already (SB3). Adam takes no
+            # step while found_inf is 1, so nothing has to wait for a GPU to tell.
+            optimizer.found_inf.masked_fill_(metrics["approx_kl"] > args.target_kl, 1.0)
+            row = row.masked_fill(optimizer.found_inf > 0, 0.0)
+        sums = sums + row
+        if flat.is_cpu and optimizer.found_inf:
             break
         flat.grad = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         optimizer.step()
-        table.append(torch.stack(list(metrics.values())))
-    means = torch.stack(table).mean(0).tolist() if table else [0.0] * len(metrics)
-    for name, value in zip(metrics, means):
+    return dict(zip(("steps", *metrics), sums))
+
+
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
+    steps, *values = torch.stack(list(sums.values())).tolist()
+    metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
+    for name, value in metrics.items():
         if not math.isfinite(value):
             raise TrainingError(f"losses/{name} is {value}")
-    return dict(zip(metrics, means))
+    return metrics
 
 
 def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
@@ -388,8 +422,8 @@ def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
     def adam(parameters: list[nn.Parameter]) -> torch.optim.Adam:
         flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
         nn.utils.vector_to_parameters(flat.data, parameters)  # sets each p.data to its view
-        optimizer = torch.optim.Adam([flat], eps=1e-5, fused=True)  # eps: 37 details, no. 3
-        optimizer.views_of_flat = parameters
+        optimizer = torch.optim.Adam([flat], eps=1e-5, fused=True, capturable=flat.is_cuda)  # eps: 37 details, no. 3
+        optimizer.views_of_flat, optimizer.found_inf = parameters, torch.zeros((), device=flat.device)
         step, zeros = torch.zeros((), device=flat.device), torch.zeros_like(flat.data)
         optimizer.state[flat] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}  # so that it can be saved
         return optimizer
@@ -403,7 +437,10 @@ def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
 
 @dataclass
 class Rollout:
-    """What the environments did in num_steps steps, and what `collect` makes of it. T = num_steps, N = num_envs."""
+    """What the environments did in num_steps steps, and what `collect` makes of it. T = num_steps, N = num_envs.
+
+    On the CPU; what the networks need for all rows is on their device: obs, actions and logprobs.
+    """
 
     obs: Tensor  # (T + 1, N, obs_dim + extra_dim) raw; the last row is the observation after the rollout
     final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw; in done rows the episode's true last observation
@@ -448,15 +485,13 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size
     rollout.rewards = training_rewards(state, rollout, args)
-    for name, tensor in vars(rollout).items():
-        if isinstance(tensor, Tensor):
-            setattr(rollout, name, tensor.to(state.device))
+    rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
     x = agent.normalizer(rollout.obs)
     rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
-    values = agent.value(x)
+    values = agent.value(x).cpu()  # gae has many small steps, which a GPU would be slow to start
     rollout.values, rollout.next_values = values[:-1], values[1:].clone()
-    truncated = rollout.truncated
-    rollout.next_values[truncated] = agent.value(agent.normalizer(rollout.final_obs[truncated]))
+    final_obs = rollout.final_obs[rollout.truncated].to(state.device)
+    rollout.next_values[rollout.truncated] = agent.value(agent.normalizer(final_obs)).cpu()
     return rollout
 
 
@@ -465,10 +500,12 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
 
 def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None) -> int | None:
     """Trains, or continues from a saved state; evaluates and saves. Returns the signal that stopped it, if one did."""
-    state = State(args, task, choose_device(args))
+    state = State(args, task, torch.device("cpu"))
     if saved:
         state.load(saved)
     envs = VecEnv(args, task, state.envs)
+    envs.start()  # before CUDA is touched: workers are forked
+    state = state.to(choose_device(args))
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
         save(folder, state, log)
         while state.global_step < args.total_timesteps and not stopped():
@@ -1389,6 +1426,93 @@ def put_back(env: gym.Env, state: np.ndarray) -> None:
     walker.legs[1].ground_contact, walker.legs[3].ground_contact = map(bool, state[1:3])
 
 
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+class CudaGraph:
+    """`descend_both` on CUDA: the kernels of a minibatch are recorded once, and replayed for every other.
+
+    Python takes several times as long to start these 150 small kernels as the GPU to run them: see
+    benchmarks/results/gpu.md. The first update runs without a graph, so that CUDA's libraries are ready when it is
+    recorded. What is recorded are kernels and addresses. So whatever they read is copied to the same place; and where
+    an argument changes that cannot be copied, the graph is recorded anew.
+    """
+
+    COPIED = "learning_rate", "critic_learning_rate", "ent_coef", "gamma"  # (gamma is used outside)
+
+    def __init__(self) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.batch: dict[str, Tensor] = {}
+        self.side, self.works, self.fixed = torch.cuda.Stream(), True, None
+
+    def __call__(
+        self, agent: Agent, optimizers: Sequence[torch.optim.Optimizer], batch: dict[str, Tensor],
+        minibatches: Minibatches, args: Args,
+    ) -> list[dict[str, Tensor]]:  # fmt: skip
+        if not self.batch:
+            self.batch = {name: tensor.clone() for name, tensor in batch.items()}
+            self.minibatch, self.scalars = (
+                [tensor.clone() for tensor in minibatches[0]],
+                torch.zeros(3, device=minibatches[0][0].device),
+            )
+        fixed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in self.COPIED}
+        self.graph, self.fixed = self.graph if fixed == self.fixed else None, fixed
+        for name, tensor in batch.items():
+            self.batch[name].copy_(tensor)
+        *rates, ent_coef = self.scalars
+        self.scalars.copy_(torch.tensor([*(o.param_groups[0]["lr"] for o in optimizers), args.ent_coef]))
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate
+        self.step = functools.partial(
+            self.one_minibatch, agent, optimizers, dataclasses.replace(args, ent_coef=ent_coef)
+        )
+        totals = [0, 0]
+        for minibatch in minibatches:
+            for own, new in zip(self.minibatch, minibatch):
+                own.copy_(new)
+            if self.graph is None:
+                self.step()
+            else:
+                self.graph.replay()
+            totals = [total + sums for total, sums in zip(totals, self.sums)]
+        if self.graph is None and self.works:
+            self.record()
+        return [dict(zip(names, total)) for names, total in zip(self.names, totals)]
+
+    def one_minibatch(self, agent: Agent, optimizers: Sequence[torch.optim.Optimizer], args: Args) -> None:
+        """Both networks side by side, each on a CUDA stream."""
+        (actor, critic), main = optimizers, torch.cuda.current_stream()
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            critic_sums = descend(agent, critic, value_loss, self.batch, [self.minibatch], args)
+        actor_sums = descend(agent, actor, policy_loss, self.batch, [self.minibatch], args)
+        main.wait_stream(self.side)
+        self.names = [list(sums) for sums in (actor_sums, critic_sums)]
+        self.sums = [torch.stack(list(sums.values())) for sums in (actor_sums, critic_sums)]
+
+    def record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.step()
+            self.graph = graph
+        except RuntimeError as error:  # an edited loss that waits for the GPU, for example
+            self.works = False
+            say(f"warning: --cuda: no CUDA graph, updates are slow without one ({one_line(error)})")
+
+    def cpu_seconds(self, agent: Agent, args: Args) -> float:
+        """The seconds that an update would take on the CPU: a copy takes a few steps there."""
+        agent = copy.deepcopy(agent).cpu()
+        optimizers, batch = make_optimizers(agent), {name: tensor.cpu() for name, tensor in self.batch.items()}
+        rows = min(args.minibatch_size, 1024)
+        few = [tuple(tensor[:rows].cpu() for tensor in self.minibatch)] * 4
+        for _ in range(2):  # the first warms up
+            began = time.perf_counter()
+            descend_both(agent, optimizers, batch, few, args)
+            seconds = time.perf_counter() - began
+        return seconds / 4 * args.batch_size * args.update_epochs / rows
+
+
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
 
 FORMAT = f"ppo_vec 3 {Distribution.__name__}"
@@ -1401,7 +1525,7 @@ PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedD
 class State:
     """Everything that must survive: a checkpoint holds every attribute that is not in UNSAVED."""
 
-    UNSAVED = "args", "task", "device", "started", "saved_at", "save_cost"
+    UNSAVED = "args", "task", "device", "descend_both", "started", "saved_at", "save_cost"
 
     def __init__(self, args: Options, task: Task, device: torch.device) -> None:
         # One seed, four streams that never overlap; `seed + i` would make neighbouring runs share environments
@@ -1412,6 +1536,7 @@ class State:
         self.agent = Agent(task.obs_dim, task.extra_dim, task.action_dim, args).to(device)
         self.average = AveragedModel(self.agent, use_buffers=True)  # average_weights
         self.optimizers = make_optimizers(self.agent)
+        self.descend_both = CudaGraph() if device.type == "cuda" else descend_both
         check_copy(self.agent, task, args)
         self.return_statistics = Normalizer(1)  # scale_rewards
         self.discounted_return = torch.zeros(args.num_envs, dtype=torch.float64)
@@ -1435,6 +1560,14 @@ class State:
         self.finished = False
         self.log_sizes = {"events": 0, "episodes": 0}  # bytes of each log that belong to this state
         self.started, self.saved_at, self.save_cost = time.perf_counter(), -math.inf, 0.0
+
+    def to(self, device: torch.device) -> State:
+        """The same state with its networks on another device."""
+        if device == self.device:
+            return self
+        moved = State(self.args, self.task, device)
+        moved.load(self.state_dict())
+        return moved
 
     def wall_time(self) -> float:
         return self.wall_time_s + time.perf_counter() - self.started
@@ -1916,6 +2049,14 @@ class Log:
             values |= {tag: float(np.mean([e["fell"] for e in episodes]))} if episodes else {}
         self.scalars(state.global_step, values)
         self.flush()
+        if state.device.type == "cuda" and state.global_step == self.steps_before + 3 * size:
+            where = f"on the GPU, {'as a CUDA graph' if state.descend_both.graph else 'without a CUDA graph'}"
+            cpu_s = state.descend_both.cpu_seconds(state.agent, now)
+            say(
+                f"a rollout takes {rollout_s:.3f} s, an update {update_s:.3f} s {where}; on the CPU about {cpu_s:.3f} s"
+            )
+            if cpu_s < update_s:
+                say("warning: these networks are so small that training is faster without --cuda")
         with contextlib.suppress(OSError):  # stderr may be a file on a full disk
             smoothed = math.nan if state.smoothed_return is None else state.smoothed_return
             self.bar.set_postfix_str(f"return={smoothed:.1f}, SPS={values['time/SPS']:.0f}", refresh=False)
@@ -2067,17 +2208,16 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
 
 def choose_device(args: Args) -> torch.device:
     device = torch.device("cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # these matrices are too small to share; more threads only wait for each other
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     if args.cuda:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first product
         try:
             torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")
             device = torch.device("cuda")
         except (RuntimeError, AssertionError) as error:  # none, one without kernels in this torch, one that is taken
             say(f"warning: --cuda: no CUDA device that torch can use ({one_line(error)[:80]}); training on the CPU")
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # these matrices are too small to share; more threads only wait for each other
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     return device
 
 
@@ -2200,6 +2340,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, TrainingError) as error:
         print(f"ppo_vec.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except torch.OutOfMemoryError as error:
+        print(f"ppo_vec.py: error: no memory left on the GPU ({one_line(error)})", file=sys.stderr)
+        print("fewer --num-envs x --num-steps, or more --num-minibatches, need less", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # in an evaluation, or before a run has taken the signal over
         return 130
 

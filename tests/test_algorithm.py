@@ -382,7 +382,6 @@ def reference_losses(agent: Agent, mb: dict[str, Tensor], args: Options) -> list
     distribution = Normal(mean, logstd.exp().expand_as(mean))
     logratio = distribution.log_prob(mb["actions"]).sum(-1) - mb["logprobs"]
     ratio, advantages = logratio.exp(), mb["advantages"].numpy()
-    advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
     surrogates = [torch.min(r * a, r.clamp(1 - clip, 1 + clip) * a) for r, a in zip(ratio, advantages.tolist())]
     entropy = distribution.entropy().sum(-1)
     excess = sum(max(abs(m) - 1, 0.0 * m) ** 2 for m in mean.flatten()) / len(mean)
@@ -434,7 +433,7 @@ def test_losses_and_gradients_equal_a_plain_reference(
 
 @pytest.mark.parametrize("target_lambda", [None, 1.0])
 def test_an_update_uses_each_row_once_an_epoch_with_its_gae(target_lambda: float | None, recorders: Recorders) -> None:
-    """The critic's targets have their own lambda; with 1 they are Monte Carlo returns."""
+    """Normalised advantages. The critic's targets have their own lambda; with 1 they are Monte Carlo returns."""
     shape = {"num_steps": 30, "num_minibatches": 5, "update_epochs": 3}
     args = make_args(**shape, critic_progress=True, gae_lambda=0.8, value_lambda=target_lambda)
     state = make_state(args)
@@ -448,7 +447,7 @@ def test_an_update_uses_each_row_once_an_epoch_with_its_gae(target_lambda: float
     returns = errors + rollout.values.numpy()
     expected = {
         "obs": obs, "actions": rollout.actions, "logprobs": rollout.logprobs, "values": rollout.values,
-        "advantages": torch.from_numpy(advantages).float(), "returns": torch.from_numpy(returns).float(),
+        "returns": torch.from_numpy(returns).float(),
     }  # fmt: skip
     orders = []
     for recorder in recorders:
@@ -457,6 +456,9 @@ def test_an_update_uses_each_row_once_an_epoch_with_its_gae(target_lambda: float
         assert rows.shape == (15, 24)
         for name, tensor in given.items():
             torch.testing.assert_close(tensor, expected[name].flatten(0, 1)[rows], rtol=1e-4, atol=1e-5)
+        for mb, some in zip(recorder.minibatches, advantages.ravel()[rows.numpy()]):
+            normalized = (some - some.mean()) / some.std(ddof=1)
+            np.testing.assert_allclose(mb["advantages"].numpy(), normalized, rtol=1e-4, atol=1e-5)
         orders.append(rows.view(3, 120))
         assert_same(orders[-1].sort().values, torch.arange(120).expand(3, 120))
     assert_same(*orders)  # both networks see the same minibatches
@@ -585,6 +587,21 @@ def test_a_loss_that_is_not_finite_is_named(broken: str) -> None:
         update(state, rollout, state.args)
 
 
+def test_a_state_moves_to_another_device() -> None:
+    """Nothing but the place of its networks changes, and its environments stay the same object. (cpu:0 is the CPU.)"""
+    args = make_args()
+    moved, other = states = make_state(args), make_state(args)
+    rollout = fake_rollout(other)
+    for state in states:
+        update(state, rollout, args)
+    envs, moved = moved.envs, moved.to(torch.device("cpu:0"))
+    assert moved is not states[0]
+    assert moved.envs is envs
+    assert other.to(CPU) is other
+    assert_same(update(moved, rollout, args), update(other, rollout, args))
+    assert_same(dict(moved.agent.state_dict()), dict(other.agent.state_dict()))
+
+
 # ---- Side by side ----------------------------------------------------------------------------------------------------
 
 
@@ -596,7 +613,7 @@ def test_a_failing_network_is_told_when_the_other_has_ended(
     """Else the other would go on to change weights while its caller saves them."""
     state, failed, ended = make_state(make_args()), threading.Event(), []
 
-    def descend(agent: Agent, optimizer: Any, *_: Any) -> dict[str, float]:
+    def descend(agent: Agent, optimizer: Any, *_: Any) -> dict[str, Tensor]:
         if optimizer is state.optimizers[failing]:
             failed.set()
             raise error("a job")

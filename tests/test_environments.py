@@ -940,23 +940,3 @@ def test_a_walker_learns_to_walk() -> None:
             mean = float(np.mean([ret for ret, *_ in episodes]))
     assert mean >= 50
     assert state.shown > 0.1
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_training_on_cuda(tmp_path: Path) -> None:
-    """The workers act on the CPU with the same weights; only the last bits of the update differ. It can be resumed."""
-
-    def weights(agent: dict[str, Tensor]) -> Tensor:
-        return torch.cat([w.flatten() for name, w in agent.items() if "normalizer" not in name])
-
-    settings = {"env_id": PENDULUM, "num_envs": 3, "num_steps": 80, "total_timesteps": 240, "eval_episodes": 1}
-    args = make_args(**settings)
-    first = weights(State(args, ppo_vec.make_task(args), CPU).agent.state_dict())
-    folder, tree = run_train(tmp_path, **settings, cuda=True)
-    expected, found = weights(run_train(tmp_path, **settings)[1]["agent"]), weights(tree["agent"])
-    assert (expected - first).norm() > 0.01
-    assert (found - expected).norm() < 0.05 * (expected - first).norm()
-    assert ppo_vec.main(["--resume", str(folder), "--total-timesteps", "480"]) == 0
-    checkpoint = ppo_vec.read_checkpoint(folder)[1]
-    assert (checkpoint["global_step"], checkpoint["finished"]) == (480, True)

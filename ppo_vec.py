@@ -332,9 +332,10 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """
     agent, (actor, critic) = state.agent, state.optimizers
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
-    advantages = gae(*steps, args.gamma, args.gae_lambda)
-    value_lambda = args.gae_lambda if args.value_lambda is None else args.value_lambda
-    returns = gae(*steps, args.gamma, value_lambda) + rollout.values
+    advantages = errors = gae(*steps, args.gamma, args.gae_lambda)
+    if args.value_lambda is not None:
+        errors = gae(*steps, args.gamma, args.value_lambda)
+    returns = errors + rollout.values
     batch = {
         "obs": agent.normalizer(rollout.obs[:-1]), "actions": rollout.actions, "logprobs": rollout.logprobs,
         "returns": returns, "values": rollout.values,
@@ -461,13 +462,14 @@ def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float)
     37 details, continuous control no. 8. All of a rollout's rewards are divided by the same number, of which they are
     already a part.
     """
-    running = ~(rollout.terminated | rollout.truncated)
-    state.discounted_return *= ~rollout.restarted
-    sums = torch.empty(rewards.shape, dtype=torch.float64)
-    for t in range(len(rewards)):
-        sums[t] = gamma * state.discounted_return + rewards[t]
-        state.discounted_return = sums[t] * running[t]
-    state.return_statistics.update(sums.view(-1, 1))
+    running = (~(rollout.terminated | rollout.truncated)).numpy()
+    discounted = state.discounted_return.numpy() * ~rollout.restarted.numpy()
+    sums = rewards.double().numpy()  # NumPy: so small steps take torch four times as long
+    for t in range(len(sums)):
+        sums[t] += gamma * discounted
+        discounted = sums[t] * running[t]
+    state.discounted_return = torch.from_numpy(discounted)
+    state.return_statistics.update(torch.from_numpy(sums).view(-1, 1))
     deviation = (state.return_statistics.var + 1e-8).sqrt()
     return (rewards / deviation).clamp(-REWARD_CLIP, REWARD_CLIP).float()
 
@@ -776,6 +778,10 @@ def step_envs(envs: Sequence[gym.Env], actions: np.ndarray, beat: Callable[[], N
 TILE = 4
 
 
+def clip(x: np.ndarray, low: Any, high: Any) -> np.ndarray:
+    return np.minimum(np.maximum(x, low), high)  # np.clip takes three times as long for a few rows
+
+
 class Policy:
     """The actor's copy in NumPy, for where the environments are: raw observation in, action out.
 
@@ -803,7 +809,7 @@ class Policy:
         tiles = math.ceil((start + n) / TILE)
         x = np.zeros((tiles, TILE, len(self.obs_mean)), np.float32)  # NumPy multiplies tile by tile
         rows = x.reshape(tiles * TILE, len(self.obs_mean))[start : start + n]
-        np.clip((obs - self.obs_mean) * self.obs_scale, -OBS_CLIP, OBS_CLIP, out=rows)
+        rows[...] = clip((obs - self.obs_mean) * self.obs_scale, -OBS_CLIP, OBS_CLIP)
         for weight, bias in self.layers[:-1]:
             x = activation(x @ weight + bias)
         weight, bias = self.layers[-1]
@@ -815,8 +821,8 @@ class Policy:
 
     def env_action(self, action: np.ndarray) -> np.ndarray:
         """Clips to [-1, 1] and maps to the environment's bounds."""
-        action = self.middle + self.half * np.clip(action, -1, 1)
-        return np.clip(action, self.low, self.high)  # rounding may have gone past the bounds
+        action = self.middle + self.half * clip(action, -1, 1)
+        return clip(action, self.low, self.high)  # rounding may have gone past the bounds
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Raw observation (obs_dim,) or batch (n, obs_dim) -> deterministic actions ready for step(), one or (n, ...).
@@ -905,25 +911,29 @@ class Worker(gym.Env):
             self.restore()
         data, mine, episodes = self.data, slice(self.first, self.last), []
         for t in range(self.args.num_steps):
-            data.obs[t, mine] = self.rows()
+            self.write_rows(data.obs[t, mine])
             data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.first)
             self.obs, rewards, terminated, truncated = self.step(slice(None), self.policy.env_action(actions))
             data.rewards[t, mine], data.terminated[t, mine], data.truncated[t, mine] = rewards, terminated, truncated
-            for i in np.flatnonzero(terminated | truncated).tolist():
-                data.final_obs[t, self.first + i] = self.rows()[i]
+            done = np.flatnonzero(terminated | truncated).tolist()
+            if done:
+                self.write_rows(data.final_obs[t, mine])
+            for i in done:
                 episodes.append({
                     "t": t, "env": self.first + i, "return": float(self.returns[i]), "length": int(self.lengths[i]),
                     "practice": bool(self.practising[i]), "fell": bool(terminated[i] and rewards[i] <= FALL),
                 })  # fmt: skip
                 self.obs[i] = self.begin(i, self.episode[i] + 1)
-        data.obs[-1, mine] = self.rows()
+        self.write_rows(data.obs[-1, mine])
         for name in ("episode", "returns", "memory"):
             getattr(data, name)[mine] = getattr(self, name)
         return episodes
 
-    def rows(self) -> np.ndarray:
-        """(k, obs_dim + extra_dim), what the critic sees."""
-        return np.column_stack((self.obs, self.lengths, self.returns)) if self.task.extra_dim else self.obs
+    def write_rows(self, rows: np.ndarray) -> None:
+        """Fills (k, obs_dim + extra_dim) with what the critic sees."""
+        rows[:, : self.task.obs_dim] = self.obs
+        if self.task.extra_dim:
+            rows[:, -2], rows[:, -1] = self.lengths, self.returns
 
     def step(self, some: slice, actions: np.ndarray) -> Steps:
         """One step of environments `some`, with their rows of env-ready actions."""
@@ -970,24 +980,24 @@ class Worker(gym.Env):
 
         Its environments are reused; but published walkers, whose world remembers earlier episodes, are made anew.
         """
-        mine = [i for i in range(len(seeds)) if i // TILE % workers == self.index]  # whole tiles
+        begin, end = (len(seeds) * i // workers for i in (self.index, self.index + 1))
         size = max(1, (self.last - self.first) // TILE) * TILE
         envs, episodes = [], []
-        for start in range(0, len(mine), size):
-            some = mine[start : start + size]
+        for start in range(begin, end, size):
+            some = range(start, min(start + size, end))
             while envs and published and self.args.env_id in WALKERS:
                 envs.pop().close()
             while len(envs) < len(some):
                 envs.append(make_env(self.args, published))
                 self.beat()
-            rows = self.play_batch(envs[: len(some)], [seeds[i] for i in some])
+            rows = self.play_batch(envs[: len(some)], [seeds[i] for i in some], start)
             episodes += [(i, *row) for i, row in zip(some, rows)]
         for env in envs:
             env.close()
         return episodes
 
-    def play_batch(self, envs: list[gym.Env], seeds: list[int]) -> Episodes:
-        """One whole episode per environment, all at once, with the deterministic policy."""
+    def play_batch(self, envs: list[gym.Env], seeds: list[int], offset: int) -> Episodes:
+        """One whole episode per environment, all at once, with the deterministic policy (`offset`: as in Policy)."""
         obs = np.zeros((len(envs), self.task.obs_dim), np.float32)
         for i, (env, seed) in enumerate(zip(envs, seeds)):
             obs[i] = reset_env(env, seed)
@@ -995,7 +1005,7 @@ class Worker(gym.Env):
         returns, lengths, fell = np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs), bool)
         running, limit = np.arange(len(envs)), self.task.max_episode_steps or ENDLESS
         while len(running):
-            actions = self.policy(obs)
+            actions = self.policy.env_action(self.policy.sample(obs, offset=offset))
             some = [envs[i] for i in running]
             obs[running], rewards, terminated, truncated = step_envs(some, actions[running], self.beat)
             returns[running] += rewards
@@ -1186,7 +1196,7 @@ def usable_cores() -> int:
 
 # ---- Walkers ---------------------------------------------------------------------------------------------------------
 
-RAYS = np.array([(math.sin(1.5 * i / 10.0), math.cos(1.5 * i / 10.0)) for i in range(10)]).T * stock.LIDAR_RANGE
+RAYS = np.array([(math.sin(1.5 * i / 10.0), -math.cos(1.5 * i / 10.0)) for i in range(10)]).T * stock.LIDAR_RANGE
 NEAR_EDGES = 14  # edges that the ten rays can reach, the one behind the hull included
 NEAR_POLYGONS = 8  # obstacles that they can reach (6 at most, counted over Hardcore terrains), padded
 MOTOR_SPEEDS = np.array([stock.SPEED_HIP, stock.SPEED_KNEE] * 2, np.float32)
@@ -1252,7 +1262,7 @@ def step_walkers(walkers: Sequence[Walker], actions: np.ndarray) -> Steps:
     Rewards have the actions' precision, as the published ones do under NumPy 2.
     """
     n = len(walkers)
-    if not np.issubdtype(actions.dtype, np.floating):
+    if actions.dtype.kind != "f":
         actions = actions.astype(np.float64)
     effort = np.minimum(np.abs(actions), 1)
     speeds, torques = (MOTOR_SPEEDS * np.sign(actions)).tolist(), (stock.MOTORS_TORQUE * effort).tolist()
@@ -1294,6 +1304,10 @@ def step_walkers(walkers: Sequence[Walker], actions: np.ndarray) -> Steps:
     return obs, rewards, terminated, truncated
 
 
+def sum_xy(xy: np.ndarray) -> np.ndarray:
+    return xy[0] + xy[1]
+
+
 @np.errstate(divide="ignore", invalid="ignore")  # a ray parallel to an edge divides by zero, and is a miss
 def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The lidar fractions (n, 10) float32 of walkers whose hulls are at x, y (n,) float64.
@@ -1301,24 +1315,27 @@ def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.nda
     b2EdgeShape::RayCast and b2PolygonShape::RayCast in float32 and in their order of operations, for the terrain
     within reach at once: shapes are (walkers, rays, edges or polygons). Misses are 1.
     """
-    cells = np.clip((x / stock.TERRAIN_STEP).astype(int), 0, len(walkers[0].near) - 1)
-    first = np.clip(cells - 1, 0, walkers[0].edges.shape[1] - NEAR_EDGES).tolist()
-    px, py = x.astype(np.float32)[:, None, None], y.astype(np.float32)[:, None, None]
-    dx = (x[:, None] + RAYS[0]).astype(np.float32)[:, :, None] - px
-    dy = (y[:, None] - RAYS[1]).astype(np.float32)[:, :, None] - py
+    near, edges = walkers[0].near, walkers[0].edges
+    cells = clip((x / stock.TERRAIN_STEP).astype(int), 0, len(near) - 1)
+    first = clip(cells - 1, 0, edges.shape[1] - NEAR_EDGES).tolist()
+    hulls = np.array((x, y))
+    hull = hulls.astype(np.float32)[:, :, None, None]  # (x and y, walkers, 1, 1)
+    ray = (hulls[:, :, None] + RAYS[:, None]).astype(np.float32)[..., None] - hull
 
     edges = np.concatenate([w.edges[:, i : i + NEAR_EDGES] for w, i in zip(walkers, first)])
-    vx, vy, ex, ey, nx, ny, square = edges.reshape(len(walkers), 7, 1, NEAR_EDGES).swapaxes(0, 1)
-    t = (nx * (vx - px) + ny * (vy - py)) / (nx * dx + ny * dy)
-    s = ((px + t * dx - vx) * ex + (py + t * dy - vy) * ey) / square
-    hit = (t >= 0) & (t <= 1) & (s >= 0) & (s <= 1)  # false for the NaN of a ray along an edge
-    fractions = np.where(hit, t, np.float32(1)).min(2)
+    edges = edges.reshape(len(walkers), 7, 1, NEAR_EDGES).swapaxes(0, 1)
+    vertex, edge, normal, square = edges[:2], edges[2:4], edges[4:6], edges[6]
+    ts = np.empty((2, len(walkers), RAYS.shape[1], NEAR_EDGES), np.float32)  # where on the ray, and where on the edge
+    np.divide(sum_xy(normal * (vertex - hull)), sum_xy(normal * ray), out=ts[0])
+    np.divide(sum_xy((hull + ts[0] * ray - vertex) * edge), square, out=ts[1])
+    inside = (ts >= 0) & (ts <= 1)  # false for the NaN of a ray along an edge
+    fractions = np.where(inside[0] & inside[1], ts[0], np.float32(1)).min(2)
 
     some = [i for i, (w, cell) in enumerate(zip(walkers, cells.tolist())) if w.any_near[cell]]
     if some:
         polygons = np.stack([walkers[i].polygons[walkers[i].near[cells[i]]] for i in some])[:, None]
         nx, ny, vx, vy = np.moveaxis(polygons, (-1, -2), (0, 1))  # (4 sides, walkers, 1, polygons) each
-        px, py, dx, dy = px[some], py[some], dx[some], dy[some]
+        (px, py), (dx, dy) = hull[:, some], ray[:, some]
         numerators, denominators = nx * (vx - px) + ny * (vy - py), nx * dx + ny * dy
         ratios, entering, leaving = numerators / denominators, denominators < 0, denominators > 0
         missed = ((denominators == 0) & (numerators < 0)).any(0)

@@ -222,32 +222,17 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu() -> None:
 # ---- Whole trainings on a GPU ----------------------------------------------------------------------------------------
 
 TINY = (
-    "--cuda --env-id Pendulum-v1 --num-envs 4 --num-workers 2 --num-steps 64 --num-minibatches 4 --update-epochs 4 "
+    "--env-id Pendulum-v1 --num-envs 4 --num-workers 2 --num-steps 64 --num-minibatches 4 --update-epochs 4 "
     "--actor-hidden-sizes 16 16 --critic-hidden-sizes 16 16 --eval-episodes 1 --anneal-share 0.001"
 )
-KILLS_A_WORKER = """
-import os, signal, sys
-import ppo_vec
-rollout, seen = ppo_vec.VecEnv.rollout, []
-def killing(self, *args):
-    seen.append(self.restarts)
-    if len(seen) == 3:
-        os.kill(self.processes[1].pid, signal.SIGKILL)
-    return rollout(self, *args)
-ppo_vec.VecEnv.rollout = killing
-code = ppo_vec.main(sys.argv[1:])
-print(seen)
-sys.exit(code)
-"""
 
 
-def program(folder: Path, name: str, flags: str, code: str | None = None, **env: str) -> subprocess.CompletedProcess:
-    """One ppo_vec.py in a process of its own."""
-    start = ["-c", code] if code else [ppo_vec.__file__]
-    where = "" if "--resume" in flags else f"--runs-dir {folder} --run-name {name}"
-    path = {"PYTHONPATH": os.pathsep.join([str(Path(ppo_vec.__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, *start, *f"{flags} {where}".split()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **path, **env})
+def train(folder: Path, name: str, flags: str) -> Path:
+    """A new run, or one that is there and goes on."""
+    run = folder / name
+    where = f"--resume {run}" if run.exists() else f"{TINY} --runs-dir {folder} --run-name {name}"
+    assert ppo_vec.main(f"{where} {flags}".split()) == 0
+    return run
 
 
 def learned(run: Path) -> dict[str, Tensor]:
@@ -256,76 +241,92 @@ def learned(run: Path) -> dict[str, Tensor]:
 
 
 def weights_of(run: Path) -> Tensor:
-    agent = ppo_vec.read_checkpoint(run / "checkpoint.pt")[1]["agent"]
-    return torch.cat([agent[name].flatten() for name in agent if "normalizer" not in name])
+    return torch.cat(
+        [tensor.flatten() for name, tensor in learned(run).items() if name.startswith(("actor", "critic"))]
+    )
 
 
 @pytest.mark.cuda
 @on_gpu
-def test_a_training_on_the_gpu_says_so_resumes_and_heals_to_the_bit(tmp_path: Path) -> None:
+def test_a_training_on_the_gpu_says_so_resumes_and_heals_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     """Whole; in two parts, where the second records its own graph; and with a worker killed."""
-    whole = program(tmp_path, "whole", f"{TINY} --total-timesteps 1536")
-    assert whole.returncode == 0, whole.stderr
-    assert whole.stderr.count("as a CUDA graph; on the CPU about") == 1
-    killed = program(tmp_path, "killed", f"{TINY} --total-timesteps 1536", KILLS_A_WORKER)
-    assert killed.returncode == 0, killed.stderr
-    assert "ended with exit code -9" in killed.stderr
-    assert killed.stdout.strip() == "[0, 0, 0, 1, 1, 1]"
-    parts = program(tmp_path, "parts", f"{TINY} --total-timesteps 768")
-    assert parts.returncode == 0, parts.stderr
-    done = program(tmp_path, "parts", f"--resume {tmp_path / 'parts'} --total-timesteps 1536")
-    assert done.returncode == 0, done.stderr
-    expected = learned(tmp_path / "whole")
-    for other in ("killed", "parts"):
-        for name, tensor in learned(tmp_path / other).items():
-            assert torch.equal(tensor, expected[name]), (other, name)
+    whole = learned(train(tmp_path, "whole", "--cuda --total-timesteps 1536"))
+    said = capfd.readouterr().err
+    assert said.count("as a CUDA graph; on the CPU about") == 1
+    assert "no CUDA graph" not in said
+    train(tmp_path, "parts", "--cuda --total-timesteps 768")
+    parts = learned(train(tmp_path, "parts", "--cuda --total-timesteps 1536"))
+    rollout, seen = ppo_vec.VecEnv.rollout, []
+
+    def killing(self: ppo_vec.VecEnv, *args: Any) -> Rollout:
+        seen.append(self.restarts)
+        if len(seen) == 3:
+            os.kill(self.processes[1].pid, signal.SIGKILL)
+        return rollout(self, *args)
+
+    monkeypatch.setattr(ppo_vec.VecEnv, "rollout", killing)
+    killed = learned(train(tmp_path, "killed", "--cuda --total-timesteps 1536"))
+    assert "ended with exit code -9" in capfd.readouterr().err
+    assert seen == [0, 0, 0, 1, 1, 1]
+    for other in (killed, parts):
+        for name, tensor in other.items():
+            assert torch.equal(tensor, whole[name]), name
 
 
 @pytest.mark.cuda
 @on_gpu
 def test_a_run_may_change_its_device(tmp_path: Path) -> None:
     """Its checkpoint is the same on both; only last bits of the updates differ."""
-    assert program(tmp_path, "first", f"{TINY} --total-timesteps 256 --learning-rate 1e-9").returncode == 0
+    first = weights_of(train(tmp_path, "first", "--no-cuda --total-timesteps 256 --learning-rate 1e-9"))
+    expected = weights_of(train(tmp_path, "cpu", "--no-cuda --total-timesteps 1024"))
+    found = {"whole": weights_of(train(tmp_path, "gpu", "--cuda --total-timesteps 1024"))}
     for flag, other in (("--cuda", "--no-cuda"), ("--no-cuda", "--cuda")):
-        flags = TINY.replace("--cuda", flag)
-        assert program(tmp_path, flag, f"{flags} --total-timesteps 512").returncode == 0
-        done = program(tmp_path, flag, f"--resume {tmp_path / flag} {other} --total-timesteps 1024")
-        assert done.returncode == 0, done.stderr
-        assert program(tmp_path, f"whole{flag}", f"{flags} --total-timesteps 1024").returncode == 0
-    first, expected = (weights_of(tmp_path / run) for run in ("first", "whole--no-cuda"))
-    for run in ("--cuda", "--no-cuda", "whole--cuda"):
-        assert (weights_of(tmp_path / run) - expected).norm() < 0.1 * (expected - first).norm(), run
+        train(tmp_path, f"then{other}", f"{flag} --total-timesteps 512")
+        found[other] = weights_of(train(tmp_path, f"then{other}", f"{other} --total-timesteps 1024"))
+    apart = {name: float((each - expected).norm() / (expected - first).norm()) for name, each in found.items()}
+    assert max(apart.values()) < 0.1, apart
+
+
+def start(code: str, *flags: str, **env: str) -> subprocess.Popen:
+    """A process of its own, for what is settled once in a process."""
+    path = {"PYTHONPATH": os.pathsep.join([str(Path(ppo_vec.__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", f"import sys, torch, ppo_vec; {code}; sys.exit(ppo_vec.main())", *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **path, **env})
 
 
 @pytest.mark.cuda
 @on_gpu
-@pytest.mark.parametrize("value", ["", ":0:0", ":16:8"])
-def test_the_users_own_cublas_setting(tmp_path: Path, value: str) -> None:
-    """One that torch refuses, for its sums may have other bits, is replaced."""
-    done = program(tmp_path, "run", f"{TINY} --total-timesteps 512", CUBLAS_WORKSPACE_CONFIG=value)
-    assert (done.returncode, "no CUDA device" in done.stderr) == (0, False), done.stderr
+def test_a_cublas_setting_that_torch_refuses_is_replaced(tmp_path: Path) -> None:
+    flags = f"{TINY} --cuda --total-timesteps 512 --runs-dir {tmp_path}".split()
+    _, said = (process := start("pass", *flags, CUBLAS_WORKSPACE_CONFIG=":0:0")).communicate(timeout=100)
+    assert (process.returncode, "no CUDA device" in said) == (0, False), said
 
 
 @pytest.mark.cuda
 @on_gpu
 def test_no_memory_left_on_the_gpu_is_one_clear_line(tmp_path: Path) -> None:
-    code = "import sys, torch, ppo_vec; torch.cuda.set_per_process_memory_fraction(1e-3); sys.exit(ppo_vec.main())"
-    flags = f"{TINY} --total-timesteps 512 --critic-hidden-sizes 4096 4096"
-    done = program(tmp_path, "run", flags, code)
-    assert done.returncode == 1
-    assert "error: no memory left on the GPU" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "--num-minibatches" in done.stderr
+    flags = f"{TINY} --cuda --total-timesteps 512 --critic-hidden-sizes 8192 8192 --runs-dir {tmp_path}".split()
+    code = "torch.cuda.set_per_process_memory_fraction(0.008)"
+    _, said = (process := start(code, *flags)).communicate(timeout=100)
+    assert process.returncode == 1, said
+    assert "error: no memory left on the GPU" in said
+    assert "--num-minibatches" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.cuda
 @on_gpu
-def test_ctrl_c_on_the_gpu_ends_in_time_and_loses_nothing(tmp_path: Path) -> None:
-    flags = f"{TINY} --total-timesteps 10000000 --runs-dir {tmp_path} --run-name run"
-    with subprocess.Popen([sys.executable, ppo_vec.__file__, *flags.split()], stderr=subprocess.PIPE) as process:
+def test_ctrl_c_on_the_gpu_loses_nothing(tmp_path: Path) -> None:
+    flags = f"{TINY} --cuda --total-timesteps 10000000 --runs-dir {tmp_path} --run-name run".split()
+    with start("pass", *flags) as process:
         for line in process.stderr:
-            if b"CUDA graph" in line:
+            if "CUDA graph" in line:
                 break
         process.send_signal(signal.SIGINT)
+        process.stderr.read()
         assert process.wait(timeout=30) == 130
-    assert program(tmp_path, "run", f"--resume {tmp_path / 'run'} --total-timesteps 100000").returncode == 0
+    step = ppo_vec.read_checkpoint(tmp_path / "run")[1]["global_step"]
+    run = train(tmp_path, "run", f"--total-timesteps {step + 1000}")
+    assert ppo_vec.read_checkpoint(run / "checkpoint.pt")[1]["global_step"] >= step + 1000

@@ -307,8 +307,8 @@ def test_a_cublas_setting_that_torch_refuses_is_replaced(tmp_path: Path) -> None
 @pytest.mark.cuda
 @on_gpu
 def test_no_memory_left_on_the_gpu_is_one_clear_line(tmp_path: Path) -> None:
-    flags = f"{TINY} --cuda --total-timesteps 512 --critic-hidden-sizes 8192 8192 --runs-dir {tmp_path}".split()
-    code = "torch.cuda.set_per_process_memory_fraction(0.008)"
+    flags = f"{TINY} --cuda --total-timesteps 512 --critic-hidden-sizes 2048 2048 --runs-dir {tmp_path}".split()
+    code = "torch.cuda.set_per_process_memory_fraction(7e7 / torch.cuda.mem_get_info()[1])"
     _, said = (process := start(code, *flags)).communicate(timeout=100)
     assert process.returncode == 1, said
     assert "error: no memory left on the GPU" in said

@@ -1096,9 +1096,9 @@ class VecEnv(AsyncVectorEnv):
     def _check_spaces(self) -> None:
         """AsyncVectorEnv would wait here, without a limit, to learn what we know."""
 
-    def close(self, kill: bool = False) -> None:
+    def close(self, terminate: bool = False) -> None:
         """Lets the workers close their environments; ends those that do not in time, or all of them at once."""
-        end = time.monotonic() + (0 if kill else CLOSING)
+        end = time.monotonic() + (0 if terminate else CLOSING)
         for pipe in self.parent_pipes:
             with contextlib.suppress(OSError):
                 pipe.send(("close", None))
@@ -1122,7 +1122,7 @@ class VecEnv(AsyncVectorEnv):
                 codes = enumerate(process.join(0.2) or process.exitcode for process in self.processes)
                 ended = (f"worker {i} ended with exit code {code}" for i, code in codes if code)
                 fault = error if isinstance(error, TrainingError) else next(ended, "a worker closed its pipe")
-            self.close(kill=True)
+            self.close(terminate=True)
             self.restarts += 1
             if attempt < MAX_FAULTS:
                 say(f"warning: {fault}; starting new workers where the last rollout ended")

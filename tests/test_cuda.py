@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -217,6 +219,24 @@ def test_an_update_on_the_gpu_is_that_of_the_cpu() -> None:
         rows = [update(state, fake_rollout(state, i), args) for state in (gpu, cpu)]
     assert (weights(gpu) - weights(cpu)).norm() < 0.01 * (weights(cpu) - first).norm()
     assert rows[0] == pytest.approx(rows[1], rel=0.05, abs=0.01)
+
+
+def test_no_memory_left_at_the_start_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The workers have been started by then."""
+
+    def no_memory(*_: Any) -> State:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 MiB")
+
+    monkeypatch.setattr(State, "to", no_memory)
+    assert ppo_vec.main(f"{TINY} --cuda --total-timesteps 512 --runs-dir {tmp_path}".split()) == 1
+    gc.collect()
+    said = capfd.readouterr().err
+    assert "error: no memory left on the GPU" in said
+    assert "--num-minibatches" in said
+    assert "Traceback" not in said
+    assert not multiprocessing.active_children()
 
 
 # ---- Whole trainings on a GPU ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib
@@ -35,6 +36,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -63,6 +65,7 @@ import Box2D
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from gymnasium.envs.box2d import bipedal_walker as stock
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
@@ -130,7 +133,8 @@ OBS_CLIP, REWARD_CLIP = 10.0, 10.0  # of normalised observations and scaled rewa
 class Normalizer(nn.Module):
     """Running mean and variance as buffers of a module, so that no checkpoint can lose them (CleanRL #425).
 
-    They are frozen through a rollout and its update; `update` merges the rollout's rows once an iteration.
+    They are frozen through a rollout and its update; `update` merges the rollout's rows once an iteration. With several
+    processes it merges those of all.
     """
 
     def __init__(self, size: int) -> None:
@@ -146,10 +150,11 @@ class Normalizer(nn.Module):
     def update(self, rows: Tensor) -> None:
         """Merges the mean and variance of `rows` (n, size) (Chan et al. 1979)."""
         rows, n = rows.double(), len(rows)
-        total, delta, var = self.count + n, rows.mean(0) - self.mean, rows.var(0, unbiased=False)
-        self.mean += delta * n / total
-        self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
-        self.count.copy_(total)
+        for mean, var in all_ranks(torch.stack((rows.mean(0), rows.var(0, unbiased=False)))):
+            total, delta = self.count + n, mean - self.mean
+            self.mean += delta * n / total
+            self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
+            self.count.copy_(total)
 
 
 def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequential:
@@ -344,7 +349,8 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     epochs = [torch.randperm(args.batch_size, generator=state.shuffle_rng) for _ in range(args.update_epochs)]
     shuffles = torch.stack(epochs).view(-1, args.minibatch_size)
     shuffled = advantages.flatten()[shuffles]
-    normalized = (shuffled - shuffled.mean(1, keepdim=True)) / (shuffled.std(1, keepdim=True) + 1e-8)
+    pooled = torch.cat(all_ranks(shuffled), dim=1)  # of all processes
+    normalized = (shuffled - pooled.mean(1, keepdim=True)) / (pooled.std(1, keepdim=True) + 1e-8)
     minibatches = list(zip(shuffles.to(state.device), normalized.to(state.device)))
 
     actor.found_inf.zero_()
@@ -355,8 +361,8 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
-    spread = returns.var()
-    explained = float(1 - (returns - rollout.values).var() / spread) if spread > 0 else 0.0
+    returns, errors = torch.stack(all_ranks(torch.stack((returns, returns - rollout.values)))).transpose(0, 1)
+    explained = float(1 - errors.var() / returns.var()) if returns.var() > 0 else 0.0
     return {**metrics, "explained_variance": explained}
 
 
@@ -387,7 +393,9 @@ def descend(
     for rows, advantages in minibatches:
         mb = {name: tensor[rows] for name, tensor in batch.items()} | {"advantages": advantages}
         loss, metrics = loss_of(agent, mb, args)
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.views_of_flat)])
+        parts = [g.flatten() for g in torch.autograd.grad(loss, optimizer.views_of_flat)]
+        pooled = mean_of_ranks(torch.cat([*parts, torch.stack(list(metrics.values()))]), optimizer.ranks)
+        gradient, metrics = pooled[: len(flat)], dict(zip(metrics, pooled[len(flat) :]))
         metrics[f"{loss_of.__name__}_grad_norm"] = norm = gradient.norm()
         row = torch.stack([torch.ones_like(norm), *metrics.values()])
         if args.target_kl is not None and "approx_kl" in metrics:
@@ -425,6 +433,7 @@ def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
         nn.utils.vector_to_parameters(flat.data, parameters)  # sets each p.data to its view
         optimizer = torch.optim.Adam([flat], eps=1e-5, fused=True, capturable=flat.is_cuda)  # eps: 37 details, no. 3
         optimizer.views_of_flat, optimizer.found_inf = parameters, torch.zeros((), device=flat.device)
+        optimizer.ranks = dist.new_group() if world_size() > 1 else None  # each network's messages are its own
         step, zeros = torch.zeros((), device=flat.device), torch.zeros_like(flat.data)
         optimizer.state[flat] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}  # so that it can be saved
         return optimizer
@@ -483,9 +492,11 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     observations and unclipped actions. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
-    noise = agent.distribution.noise(state.noise_rng, args.num_steps, args.num_envs, envs.task.action_dim)
+    noise = agent.distribution.noise(
+        state.noise_rng, args.num_steps, args.num_envs * world_size(), envs.task.action_dim
+    )
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
-    state.global_step += args.batch_size
+    state.global_step += args.batch_size * world_size()
     rollout.rewards = training_rewards(state, rollout, args)
     rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
     x = agent.normalizer(rollout.obs)
@@ -504,7 +515,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
     """Trains, or continues from a saved state; evaluates and saves. Returns the signal that stopped it, if one did."""
     state = State(args, task, torch.device("cpu"))
     if saved:
-        state.load(saved)
+        state.load_share(saved)
     envs = VecEnv(args, task, state.envs)
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
@@ -888,6 +899,7 @@ class Worker(gym.Env):
     ) -> None:
         self.index, self.first, self.last, self.args, self.task = index, first, last, args, task
         self.data, self.snapshot, self.envs = open_shared(shared), snapshot, []
+        self.number = rank() * args.num_envs + first  # of the first environment, counted over all ranks
 
     def run(self, name: str, policy: Policy, *args: Any) -> Any:
         """A method's result, or the text of its traceback: AsyncVectorEnv hangs if an exception cannot be pickled."""
@@ -912,7 +924,7 @@ class Worker(gym.Env):
         data, mine, episodes = self.data, slice(self.first, self.last), []
         for t in range(self.args.num_steps):
             self.write_rows(data.obs[t, mine])
-            data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.first)
+            data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.number)
             self.obs, rewards, terminated, truncated = self.step(slice(None), self.policy.env_action(actions))
             data.rewards[t, mine], data.terminated[t, mine], data.truncated[t, mine] = rewards, terminated, truncated
             done = np.flatnonzero(terminated | truncated).tolist()
@@ -920,7 +932,7 @@ class Worker(gym.Env):
                 self.write_rows(data.final_obs[t, mine])
             for i in done:
                 episodes.append({
-                    "t": t, "env": self.first + i, "return": float(self.returns[i]), "length": int(self.lengths[i]),
+                    "t": t, "env": self.number + i, "return": float(self.returns[i]), "length": int(self.lengths[i]),
                     "practice": bool(self.practising[i]), "fell": bool(terminated[i] and rewards[i] <= FALL),
                 })  # fmt: skip
                 self.obs[i] = self.begin(i, self.episode[i] + 1)
@@ -945,7 +957,7 @@ class Worker(gym.Env):
     def begin(self, i: int, episode: int, again: bool = False) -> np.ndarray:
         """Begins the episode of this number in environment i; `again`: one of a snapshot, to be replayed."""
         self.episode[i], self.lengths[i], self.returns[i] = episode, 0, 0.0
-        obs = reset_env(self.envs[i], episode_seed(self.args.seed, self.first + i, int(episode)))
+        obs = reset_env(self.envs[i], episode_seed(self.args.seed, self.number + i, int(episode)))
         self.beat()
         return obs
 
@@ -975,12 +987,12 @@ class Worker(gym.Env):
                 obs, running = rows[0], not (terminated[0] or truncated[0])
         return running and np.array_equal(obs, self.obs[i]) and self.returns[i] == expected_return
 
-    def play(self, seeds: list[int], workers: int, published: bool) -> list[tuple]:
-        """This worker's share of evaluation episodes: (index into seeds, return, length, fell) of each.
+    def play(self, seeds: list[int], share: range, workers: int, published: bool) -> list[tuple]:
+        """This worker's part of a share of evaluation episodes: (index into seeds, return, length, fell) of each.
 
         Its environments are reused; but published walkers, whose world remembers earlier episodes, are made anew.
         """
-        begin, end = (len(seeds) * i // workers for i in (self.index, self.index + 1))
+        begin, end = (share.start + len(share) * i // workers for i in (self.index, self.index + 1))
         size = max(1, (self.last - self.first) // TILE) * TILE
         envs, episodes = [], []
         for start in range(begin, end, size):
@@ -1148,12 +1160,12 @@ class VecEnv(AsyncVectorEnv):
         return results
 
     def rollout(self, weights: dict[str, Tensor], noise: np.ndarray, global_step: int) -> Rollout:
-        """A rollout of all environments with an agent's weights and `noise` (T, N, action_dim).
+        """A rollout of all environments with an agent's weights and `noise` (T, N, action_dim); N: over all ranks.
 
         The tensors are views of memory that the next one fills again. Raises TrainingError for what is not finite.
         """
         data = self.data
-        data.noise[...] = noise
+        data.noise[...] = noise[:, rank() * self.args.num_envs :][:, : self.args.num_envs]
         data.restarted[...] = False
         shares = self.call("rollout", weights)
         if data.restarted.any():
@@ -1166,9 +1178,10 @@ class VecEnv(AsyncVectorEnv):
             t, env, _, name = min(bad, key=lambda place: (place[0], place[2]))
             value = getattr(data, name)[t, env]
             raise TrainingError(f"{name} of environment {env} at step {t} of the rollout are not finite: {value}")
-        episodes = sorted(itertools.chain.from_iterable(shares), key=lambda e: (e["t"], e["env"]))
+        episodes = list(itertools.chain.from_iterable(itertools.chain(*all_ranks(shares))))
+        episodes.sort(key=lambda e: (e["t"], e["env"]))
         for episode in episodes:
-            episode["global_step"] = global_step + (episode.pop("t") + 1) * self.args.num_envs
+            episode["global_step"] = global_step + (episode.pop("t") + 1) * self.args.num_envs * world_size()
         for i, chunks in enumerate(self.snapshot["actions"]):
             ends = np.flatnonzero(data.terminated[:, i] | data.truncated[:, i])
             if len(ends) or data.restarted[i]:
@@ -1182,8 +1195,9 @@ class VecEnv(AsyncVectorEnv):
 
     def play(self, weights: dict[str, Tensor], seeds: list[int], published: bool = False) -> Episodes:
         """One episode per seed with the deterministic policy, a quota that favours no short ones (SB3 #402)."""
-        shares = self.call("play", weights, seeds, self.num_workers, published)
-        episodes = sorted(itertools.chain.from_iterable(shares))
+        share = range(*(len(seeds) * i // world_size() for i in (rank(), rank() + 1)))
+        parts = all_ranks(self.call("play", weights, seeds, share, self.num_workers, published))
+        episodes = sorted(itertools.chain.from_iterable(itertools.chain(*parts)))
         for i, ret, *_ in episodes:
             if not math.isfinite(ret):
                 raise TrainingError(f"the return of the evaluation episode with seed {seeds[i]} is {ret}")
@@ -1191,7 +1205,9 @@ class VecEnv(AsyncVectorEnv):
 
 
 def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Of this process, when torchrun has started several on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---- Walkers ---------------------------------------------------------------------------------------------------------
@@ -1409,7 +1425,7 @@ class Practice(Worker):
         truncated |= practising & (lengths >= places[:, 0, 3])
         fell = terminated & (rewards <= FALL)
         for i in np.flatnonzero(~practising & ~fell & (lengths % PRACTICE_EVERY == 0)) + first:
-            seed = episode_seed(self.args.seed, self.first + i, int(self.episode[i]))
+            seed = episode_seed(self.args.seed, self.number + i, int(self.episode[i]))
             state = walker_state(self.envs[i])
             self.recent[i].append((seed, self.lengths[i], self.returns[i], 0, *state, *obs[i - first]))
         for i in np.flatnonzero(~practising & fell) + first:
@@ -1443,6 +1459,81 @@ def put_back(env: gym.Env, state: np.ndarray) -> None:
     walker.legs[1].ground_contact, walker.legs[3].ground_contact = map(bool, state[1:3])
 
 
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+# torchrun starts them ("ranks"). Each has its own environments, and all have the same weights, statistics, generators
+# and counters: what differs between them is gathered before anything is computed from it.
+
+
+def rank() -> int:
+    """The number of this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_ranks(value: Any) -> list[Any]:
+    """The value of each process, in the order of the ranks. Tensors must have one shape everywhere."""
+    values = [torch.empty_like(value) if isinstance(value, Tensor) else None for _ in range(world_size())]
+    if world_size() == 1:
+        return [value]
+    with refuse("another process of this training has ended", TrainingError):
+        if isinstance(value, Tensor):
+            dist.all_gather(values, value.contiguous())
+        else:
+            dist.all_gather_object(values, value)
+    return values
+
+
+def mean_of_ranks(vector: Tensor, group: Any) -> Tensor:
+    if world_size() > 1:
+        with refuse("another process of this training has ended", TrainingError):
+            dist.all_reduce(vector, group=group)
+        vector /= world_size()
+    return vector
+
+
+def join_ranks(argv: Sequence[str]) -> None:
+    """Raises UserError where the processes are not of one kind."""
+    if "RANK" not in os.environ:
+        return
+    if any(name not in os.environ for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
+        raise UserError("RANK is set, but not by torchrun: unset it, or start torchrun --nproc-per-node N ppo_vec.py")
+    if world_size() == 1:
+        return
+    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    with refuse("torchrun's processes do not find each other"):
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    versions = {"ppo_vec.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8], "torch": torch.__version__}
+    first, *others = all_ranks({"arguments": shlex.join(argv), **versions, "numpy": np.__version__})
+    for number, other in enumerate(others, start=1):
+        for name, value in other.items():
+            if value != first[name]:
+                raise (
+                    UserError(f"rank {number} has {name} {value!r}, rank 0 has {first[name]!r}")
+                    if rank() == 0
+                    else SystemExit(2)
+                )
+
+
+def from_rank_0(action: Callable[[], Any]) -> Any:
+    """What `action` returns, or raises, in the process of rank 0: the others need not have its files."""
+    box: list[Any] = [None]
+    if rank() == 0:
+        try:
+            box = [action()]
+        except (UserError, SystemExit) as error:
+            box = [error]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], BaseException):
+        raise box[0] if rank() == 0 else SystemExit(2)
+    return box[0]
+
+
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 
@@ -1460,7 +1551,8 @@ class CudaGraph:
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.batch: dict[str, Tensor] = {}
-        self.side, self.works, self.fixed = torch.cuda.Stream(), True, None
+        # (Never tried with several processes: no machine with two GPUs was at hand.)
+        self.side, self.works, self.fixed = torch.cuda.Stream(), world_size() == 1, None
 
     def __call__(
         self, agent: Agent, optimizers: Sequence[torch.optim.Optimizer], batch: dict[str, Tensor],
@@ -1584,6 +1676,7 @@ class State:
             return self
         moved = State(self.args, self.task, device)
         moved.load(self.state_dict())
+        moved.envs = self.envs  # the workers' snapshot
         return moved
 
     def wall_time(self) -> float:
@@ -1599,6 +1692,25 @@ class State:
                 saved[name] = value.get_state()
         saved["optimizers"] = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
         return {**saved, **policy_dict(self.agent, self.args, self.task), "wall_time_s": self.wall_time()}
+
+    def gathered(self) -> dict[str, Any]:
+        """state_dict with the environments of all ranks."""
+        parts = all_ranks({**self.envs, "discounted_return": self.discounted_return})
+        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "actions"}
+        rows["actions"] = [chunks for part in parts for chunks in part["actions"]]
+        return {**self.state_dict(), "discounted_return": rows.pop("discounted_return"), "envs": rows}
+
+    def load_share(self, saved: dict[str, Any]) -> None:
+        """Loads what `gathered` gave: with this rank's environments, and new ones where there were fewer. See load."""
+        own, size = {**self.envs, "discounted_return": self.discounted_return}, self.args.num_envs
+        with refuse("the checkpoint does not fit"):
+            there = {**saved["envs"], "discounted_return": saved["discounted_return"]}
+            for name, new in own.items():
+                rows = there[name][rank() * size :][:size]
+                own[name] = rows + new[len(rows) :] if name == "actions" else torch.cat((rows, new[len(rows) :]))
+            if (before := len(there["episode"])) != size * world_size():
+                say(f"of {before} environments {size * world_size()} go on, or begin anew")
+        self.load({**saved, "discounted_return": own.pop("discounted_return"), "envs": own})
 
     def load(self, saved: dict[str, Any]) -> None:
         """Raises UserError if `saved` does not fit this agent and environment."""
@@ -1845,13 +1957,13 @@ def evaluate(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
             state.solved_at_step, state.solved_at_s = state.global_step, state.wall_time()
     row = {"global_step": state.global_step, "time_s": state.wall_time(), **summarize(episodes, goal)}
     state.evaluations.append(row)
-    if rank(row) > rank(state.best["evaluation"]):
+    if score(row) > score(state.best["evaluation"]):
         state.best = {"agent": weights, "evaluation": row}
     log.evaluation(state, row)
     write_results(envs, state, folder, state.best["evaluation"], row)
 
 
-def rank(evaluation: dict[str, Any]) -> float:
+def score(evaluation: dict[str, Any]) -> float:
     """Its mean return less one standard error: between two equal means, the one without a fall was no luck."""
     return evaluation["mean"] - evaluation["std"] / math.sqrt(evaluation["episodes"])
 
@@ -1874,7 +1986,7 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
         if goal is not None and policy["evaluation"]["mean"] >= goal:
             break
     state.selection_episodes += args.eval_episodes
-    row, state.best = last["evaluation"], max(contenders, key=lambda policy: rank(policy["evaluation"]))
+    row, state.best = last["evaluation"], max(contenders, key=lambda policy: score(policy["evaluation"]))
     if goal is not None and not state.solved_at_step and row["mean"] >= goal and row["episodes"] >= ROUNDS[-1]:
         state.solved_at_step, state.solved_at_s = step, state.wall_time()
     state.evaluations.append(row)
@@ -1927,9 +2039,11 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path
 
 
 def say(message: str) -> None:
-    """One line on stderr, above a progress bar if there is one."""
+    """One line on stderr, above a progress bar if there is one; of rank 0 only."""
     from tqdm import tqdm
 
+    if rank():
+        return
     with contextlib.suppress(OSError):  # a log file on a full disk, a terminal that has gone
         tqdm.write(message, file=sys.stderr)
 
@@ -1939,12 +2053,13 @@ def progress_bar(total: int, initial: int, unit: str) -> Any:
 
     tqdm.monitor_interval = 0  # no thread beside the forks
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no redrawing
-    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True)
+    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True, disable=rank() > 0)
 
 
 def should_save(state: State) -> bool:
     """A wall-clock cadence that costs at most a hundredth of the time, whatever the disk."""
-    return time.perf_counter() - state.saved_at > max(2.0, 100 * state.save_cost)
+    due = time.perf_counter() - state.saved_at > max(2.0, 100 * state.save_cost)
+    return bool(max(all_ranks(torch.tensor(int(due)))))
 
 
 def save(folder: Path, state: State, log: Log) -> None:
@@ -1953,7 +2068,9 @@ def save(folder: Path, state: State, log: Log) -> None:
     state.log_sizes = log.flush(sync=True)
     # The first one takes the place of what may be damaged, and what the run was resumed from is kept.
     keep = folder / "checkpoint.previous.pt" if state.saved_at > -math.inf else None
-    write_file(folder / "checkpoint.pt", encode(state.state_dict()), keep=keep)
+    tree = state.gathered()
+    if rank() == 0:
+        write_file(folder / "checkpoint.pt", encode(tree), keep=keep)
     state.saved_at = time.perf_counter()
     state.save_cost = state.saved_at - began
 
@@ -2003,6 +2120,8 @@ class Log:
                     file.write(header)
         tuned = " ".join(f"{flag(k)} {getattr(self.args, k)}" for k in TUNED.get(self.args.env_id, ()))
         say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}; {tuned or 'no tuned values'}")
+        if world_size() > 1:
+            say(f"{world_size()} processes of {self.args.num_envs} environments each")
         self.bar = progress_bar(self.args.total_timesteps, self.steps_before, "step")
 
     def close(self) -> None:
@@ -2048,7 +2167,7 @@ class Log:
 
     def iteration(self, state: State, rollout: Rollout, metrics: dict[str, float], now: Options) -> None:
         """One iteration: TensorBoard, episodes.csv, progress bar. Every tag is explained in the README."""
-        rollout_s, update_s, size = self.seconds["rollout"], self.seconds["update"], self.args.batch_size
+        rollout_s, update_s, size = self.seconds["rollout"], self.seconds["update"], self.args.batch_size * world_size()
         state.train_time_s += rollout_s + update_s
         for e in (whole := [e for e in rollout.episodes if not e["practice"]]):
             tags = {"charts/episodic_return": e["return"], "charts/episodic_length": float(e["length"])}
@@ -2231,6 +2350,8 @@ def choose_device(args: Args) -> torch.device:
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     if args.cuda:
         try:
+            if "LOCAL_RANK" in os.environ and torch.cuda.device_count():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
             torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")
             device = torch.device("cuda")
         except (RuntimeError, AssertionError) as error:  # none, one without kernels in this torch, one that is taken
@@ -2272,13 +2393,13 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> Non
         with refuse("the checkpoint does not fit"):
             with torch.device("meta"):
                 own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args)
-            if kind(tree["agent"]) != kind(own.state_dict()) or len(tree["envs"]["episode"]) != args.num_envs:
+            if kind(tree["agent"]) != kind(own.state_dict()) or len(tree["envs"]["episode"]) % args.num_envs:
                 raise ValueError("other networks, or another number of environments")
 
 
 @contextlib.contextmanager
 def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None]]:
-    """Gives a function that tells the signal, SIGINT or SIGTERM, that has asked the run to end, if one has.
+    """Gives a function that tells the signal, SIGINT or SIGTERM, that has asked the run to end, if any rank got one.
 
     The iteration has GRACE seconds to finish. Then, or by a second signal, the process ends at once: what has happened
     since the last checkpoint is done again on --resume.
@@ -2301,7 +2422,7 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
     main_thread = threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
     try:
-        yield lambda: received[0] if received else None
+        yield lambda: int(max(all_ranks(torch.tensor(received[0] if received else 0)))) or None
     finally:
         timer.cancel()
         if received:
@@ -2315,6 +2436,10 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
     """Names and makes the run folder, and keeps other processes out of it. Gives the arguments with its name."""
     from filelock import FileLock  # torch depends on it
 
+    if rank():  # rank 0 alone writes what stays
+        with tempfile.TemporaryDirectory() as folder:
+            yield dataclasses.replace(args, track=False, capture_video=False), Path(folder)
+        return
     # Weights and Biases and Windows refuse the colon of "module:Env-v0" in a name.
     name = args.run_name or f"{re.sub('[/:]', '_', args.env_id)}__ppo_vec__{args.seed}__{time.time_ns() // 10**6}"
     folder = Path(args.runs_dir) / name
@@ -2335,7 +2460,9 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 training failed, 2 bad input, 130 or 143 stopped by a signal."""
     try:
-        args, path, tree = parse_args(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        join_ranks(argv)
+        args, path, tree = from_rank_0(lambda: parse_args(argv))
         task = make_task(args)
         check_machine(args, task, tree)
         if tree is not None:
@@ -2343,6 +2470,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (task.obs_dim, task.action_dim) != (len(policy.obs_mean), len(policy.low)):
                 raise UserError(f"the checkpoint does not fit {args.env_id}: other observations or actions")
             if args.evaluate is not None:
+                if world_size() > 1:
+                    raise UserError("--evaluate uses all cores without torchrun")
                 evaluate_run(args, task, tree, path.parent)
                 return 0
             step = tree.get("global_step")
@@ -2355,7 +2484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}")
         return 128 + number if number is not None else 0
     except (UserError, TrainingError) as error:
-        print(f"ppo_vec.py: error: {error}", file=sys.stderr)
+        print(f"ppo_vec.py: error: {f'rank {rank()}: ' * (world_size() > 1)}{error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except torch.OutOfMemoryError as error:
         print(f"ppo_vec.py: error: no memory left on the GPU ({one_line(error)})", file=sys.stderr)
@@ -2363,6 +2492,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:  # in an evaluation, or before a run has taken the signal over
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,320 @@
+"""Several processes that train together, on the CPU (gloo): started as torchrun does, once by torchrun itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ppo_vec
+
+TINY = (
+    "--env-id Pendulum-v1 --num-workers 1 --num-steps 50 --num-minibatches 1 --update-epochs 4 --eval-episodes 5 "
+    "--actor-hidden-sizes 16 16 --critic-hidden-sizes 16 16 --total-timesteps 600 --no-anneal-lr"
+)
+PATH = os.pathsep.join([str(Path(ppo_vec.__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+
+def start(ranks: int, *flags: str, code: str | None = None, before: list[list[str]] | None = None) -> list[Any]:
+    """The processes of one training, with the variables that torchrun sets; `before`: a command that starts each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        env |= {"MASTER_ADDR": "10.77.0.1" if before else "127.0.0.1", "PYTHONPATH": PATH}
+        command = [sys.executable, *(["-c", code] if code else [ppo_vec.__file__]), *" ".join(flags).split()]
+        env = {**os.environ, **{name: str(value) for name, value in env.items()}}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        processes.append(subprocess.Popen([*(before[rank] if before else []), *command], env=env, **pipes))
+    return processes
+
+
+@contextlib.contextmanager
+def cleaned(processes: list[Any]) -> Iterator[list[Any]]:
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def finish(processes: list[Any], timeout: float = 100) -> list[tuple[int, str]]:
+    """Exit code and stderr of each."""
+    with cleaned(processes):
+        said = [process.communicate(timeout=timeout)[1] for process in processes]
+        return [(process.returncode, text) for process, text in zip(processes, said)]
+
+
+def train(ranks: int, folder: Path, name: str, *flags: str) -> dict[str, Any]:
+    run = folder / name
+    where = f"--resume {run}" if run.exists() else f"{TINY} --runs-dir {folder} --run-name {name}"
+    for code, said in finish(start(ranks, where, *flags)):
+        assert code == 0, said
+    return ppo_vec.read_checkpoint(run / "checkpoint.pt")[1]
+
+
+def vector(agent: dict[str, Tensor]) -> Tensor:
+    return torch.cat([agent[name].flatten() for name in agent if "normalizer" not in name])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process with four environments."""
+    folder = tmp_path_factory.mktemp("ranks")
+    train(1, folder, "one", "--num-envs 4")
+    return folder / "one"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, started by torchrun, with two environments each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    flags = f"{TINY} --runs-dir {folder} --run-name two --num-envs 2".split()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
+    done = subprocess.run([*torchrun, ppo_vec.__file__, *flags], capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 processes of 2 environments each") == 1
+    assert done.stderr.count("delivered") == 1
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    return folder / "two"
+
+
+def checkpoint(run: Path) -> dict[str, Any]:
+    return ppo_vec.read_checkpoint(run / "checkpoint.pt")[1]
+
+
+# ---- The numbers -----------------------------------------------------------------------------------------------------
+
+ONE_UPDATE = """
+import os, sys
+import numpy as np, torch, ppo_vec
+from ppo_vec import Options, State, Task
+ppo_vec.join_ranks([])
+T, rank = 40, ppo_vec.rank()
+
+def one_update(columns):
+    N = columns.stop - columns.start
+    args = Options(num_envs=N, num_steps=T, num_minibatches=1, update_epochs=3, actor_hidden_sizes=(16, 16),
+                   critic_hidden_sizes=(16, 16), ent_coef=0.01, bounds_loss_coef=0.1, target_kl=TARGET_KL)
+    bound = np.ones(3, np.float32)
+    state = State(args, Task(5, 0, -bound, bound, None, None), torch.device("cpu"))
+    rng = torch.Generator().manual_seed(5)
+    for p in state.agent.parameters():
+        p.data.normal_(0, 0.4, generator=rng)
+    def normal(*shape):
+        return 1 + 2 * torch.randn(shape, generator=rng)[:, columns]
+    done = torch.rand(2, T, 4, generator=rng)[:, :, columns] < 0.1
+    rollout = ppo_vec.Rollout(normal(T + 1, 4, 5), normal(T, 4, 5), normal(T, 4, 3), normal(T, 4), *done,
+                              torch.zeros(N, dtype=torch.bool), [])
+    rollout.rewards = ppo_vec.scale_rewards(state, rollout.rewards, rollout, 0.9)
+    rollout.values, rollout.next_values = normal(T, 4), normal(T, 4)
+    x = state.agent.normalizer(rollout.obs[:-1])
+    noise = 0.05 * normal(T, 4)
+    with torch.no_grad():
+        rollout.logprobs = state.agent.distribution.log_prob_entropy(state.agent.policy(x), rollout.actions)[0] + noise
+    found = {}
+    def noting(vector, group):
+        found.setdefault(len(vector), ORIGINAL(vector, group).clone())  # the first of each network
+        return vector
+    ORIGINAL, ppo_vec.mean_of_ranks = ppo_vec.mean_of_ranks, noting
+    metrics = ppo_vec.update(state, rollout, args)
+    ppo_vec.mean_of_ranks = ORIGINAL
+    norm = state.agent.normalizer
+    gradients = [found[size][: len(o.param_groups[0]["params"][0])] for size, o in zip(sorted(found), sorted(
+        state.optimizers, key=lambda o: len(o.param_groups[0]["params"][0])))]
+    weights = [o.param_groups[0]["params"][0].detach() for o in state.optimizers]
+    steps = torch.tensor([float(o.state_dict()["state"][0]["step"]) for o in state.optimizers])
+    stats = [norm.mean, norm.var, norm.count, state.return_statistics.mean, state.return_statistics.var]
+    return [*gradients, *weights, *stats, steps, torch.tensor(list(metrics.values()))]
+
+mine = one_update(slice(2 * rank, 2 * rank + 2))
+for each in zip(*ppo_vec.all_ranks(mine)):
+    assert torch.equal(*each), "the ranks differ"
+os.environ["WORLD_SIZE"], os.environ["RANK"] = "1", "0"
+whole = one_update(slice(0, 4))
+for name, one, other in zip(["gradient", "gradient", *["rest"] * 20], mine, whole):
+    apart = float((one - other).norm() / other.norm())
+    print(name, apart, file=sys.stderr)
+    assert apart < (1e-6 if name == "gradient" else 1e-5), apart
+"""
+
+
+@pytest.mark.parametrize("target_kl", [None, 0.02])
+def test_two_ranks_update_as_one_process_with_all_environments(target_kl: float | None) -> None:
+    """Gradients within 1e-6; weights, statistics, metrics and the stop at the target KL too. Both ranks are the same."""
+    for code, said in finish(start(2, code=ONE_UPDATE.replace("TARGET_KL", repr(target_kl)))):
+        assert code == 0, said
+        assert said.count("gradient") == 2
+
+
+def test_two_ranks_train_as_one_process_with_all_environments(one: Path, two: Path) -> None:
+    """The same seeds, noise and episodes; weights and statistics to rounding."""
+    expected, found = checkpoint(one), checkpoint(two)
+    for name in ("global_step", "evaluation_steps", "selection_episodes"):
+        assert found[name] == expected[name]
+    for saved in ("agent", "average", "return_statistics"):
+        for name, tensor in expected[saved].items():
+            torch.testing.assert_close(found[saved][name], tensor, rtol=1e-3, atol=1e-4)
+    for name in ("obs", "returns", "episode"):
+        torch.testing.assert_close(found["envs"][name], expected["envs"][name], rtol=1e-3, atol=1e-3)
+    rows = [(run / "evaluation.csv").read_text().splitlines() for run in (one, two)]
+    assert [row.split(",")[0] for row in rows[0]] == [row.split(",")[0] for row in rows[1]]
+    assert len(rows[0]) == 6
+    episodes = [(run / "episodes.csv").read_text().splitlines() for run in (one, two)]
+    assert [row.split(",")[0::4] for row in episodes[0]] == [row.split(",")[0::4] for row in episodes[1]]
+
+
+# ---- Faults ----------------------------------------------------------------------------------------------------------
+
+STOPS = """
+import os, signal, sys, ppo_vec
+collect, seen = ppo_vec.collect, []
+def stopping(*args):
+    seen.append(1)
+    if len(seen) == 3 and ppo_vec.rank() == WHO:
+        os.kill(os.getpid(), signal.SIGNAL)
+    return collect(*args)
+ppo_vec.collect = stopping
+ppo_vec.should_save = lambda state: True
+sys.exit(ppo_vec.main())
+"""
+
+
+def stop(folder: Path, who: int, number: str) -> list[tuple[int, str]]:
+    """One rank gets a signal in the third of four iterations, and the run is resumed. How the two ended."""
+    code = STOPS.replace("WHO", str(who)).replace("SIGNAL", number)
+    flags = f"{TINY} --num-envs 2 --runs-dir {folder} --run-name run".replace("timesteps 600", "timesteps 800")
+    return finish(start(2, flags, code=code))
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_killed_rank_ends_the_other(tmp_path: Path, two: Path, who: int) -> None:
+    """Within seconds, with one clear line; and the run goes on to the same bits."""
+    began = time.monotonic()
+    ends = stop(tmp_path, who, "SIGKILL")
+    assert time.monotonic() - began < 40
+    code, said = ends[1 - who]
+    assert (ends[who][0], code) == (-9, 1), said
+    (line,) = (line for line in said.splitlines() if "error" in line)
+    assert f"rank {1 - who}: another process of this training has ended" in line
+    assert "Traceback" not in said
+    assert ppo_vec.read_checkpoint(tmp_path / "run")[1]["global_step"] == 400
+    resumed = train(2, tmp_path, "run", "--total-timesteps 600")
+    assert torch.equal(vector(resumed["agent"]), vector(checkpoint(two)["agent"]))
+    assert torch.equal(resumed["envs"]["obs"], checkpoint(two)["envs"]["obs"])
+
+
+def test_a_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
+    ends = stop(tmp_path, 1, "SIGTERM")
+    assert [code for code, _ in ends] == [143, 143], ends
+    assert "stopped by SIGTERM; continue with: --resume" in ends[0][1]
+    assert checkpoint(tmp_path / "run")["global_step"] == 600
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_another_number_of_ranks_goes_on(tmp_path: Path, one: Path, two: Path, after: int) -> None:
+    """Environments that are no longer there are dropped, new ones begin; the others go on where they were."""
+    before, run, size = (two, one)[after - 1], tmp_path / "run", (2, 4)[after - 1]
+    shutil.copytree(before, run)
+    said = [text for _, text in finish(start(after, f"--resume {run} --total-timesteps 800"))]
+    assert f"of 4 environments {size * after} go on, or begin anew" in said[0]
+    first, second = checkpoint(before), checkpoint(run)
+    steps = {1: 100, 2: 50}[after]  # of each environment, in whole rollouts of 50
+    assert (first["global_step"], second["global_step"]) == (600, 600 + steps * size * after)
+    assert len(second["envs"]["episode"]) == len(second["discounted_return"]) == size * after
+    # An episode of Pendulum has 200 steps. Each of the 4 environments has taken 150.
+    lengths = [sum(len(chunk) for chunk in chunks) for chunks in second["envs"]["actions"]]
+    assert lengths == [(150 + steps) % 200] * min(4, size * after) + [steps] * (size * after - 4)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"RANK": "1"}, "RANK is set, but not by torchrun: unset it, or start torchrun --nproc-per-node N ppo_vec.py"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, but not by torchrun"),
+    ],
+)
+def test_rank_without_torchrun_is_an_error(env: dict[str, str], words: str) -> None:
+    env = {**os.environ, "PYTHONPATH": PATH, **env}
+    done = subprocess.run([sys.executable, ppo_vec.__file__], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("what", ["arguments", "ppo_vec.py"])
+def test_a_rank_of_another_kind_is_named(tmp_path: Path, what: str) -> None:
+    """The program of rank 1 differs, or what it is told."""
+    other = "ppo_vec.__file__ = FILE; sys.argv[1:] += EXTRA; sys.exit(ppo_vec.main())"
+    (tmp_path / "other.py").write_text("another version")
+    file, extra = (
+        ("ppo_vec.__file__", ["--seed", "2"]) if what == "arguments" else (repr(str(tmp_path / "other.py")), [])
+    )
+    other = other.replace("FILE", file).replace("EXTRA", repr(extra))
+    code = f"import os, sys, ppo_vec\nif os.environ['RANK'] == '1': {other}\nsys.exit(ppo_vec.main())"
+    ends = finish(start(2, f"{TINY} --num-envs 2 --runs-dir {tmp_path / 'runs'}", code=code))
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert f"rank 1 has {what} " in ends[0][1]
+    assert "Traceback" not in ends[0][1] + ends[1][1]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_input_is_said_once(tmp_path: Path) -> None:
+    ends = finish(start(2, f"{TINY} --num-envs 2 --clip-coef -1 --runs-dir {tmp_path / 'runs'}"))
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert "--clip-coef must" in ends[0][1]
+    assert ends[1][1] == ""
+
+
+# ---- Two machines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_machines() -> Iterator[list[list[str]]]:
+    """Two network namespaces with a cable between them; gives the command that starts a process in each."""
+    names, why = ["ppo-a", "ppo-b"], "needs root, and ip"
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip(why)
+
+    def ip(*words: str) -> bool:
+        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
+
+    made = ip("netns", "add", names[0]) and ip("netns", "add", names[1])
+    made = made and ip(
+        "link", "add", "ppo0", "netns", "ppo-a", "type", "veth", "peer", "name", "ppo0", "netns", "ppo-b"
+    )
+    for i, name in enumerate(names, start=1):
+        made = made and ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "ppo0")
+        made = made and ip("-n", name, "link", "set", "ppo0", "up") and ip("-n", name, "link", "set", "lo", "up")
+    try:
+        if not made:
+            pytest.skip("network namespaces cannot be made here")
+        yield [["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=ppo0", "LOCAL_RANK=0"] for name in names]
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_two_machines(two_machines: list[list[str]], two: Path, tmp_path: Path) -> None:
+    """The second has no run folder; what it needs of the first comes over the network."""
+    flags = f"{TINY} --num-envs 2 --run-name run"
+    for code, said in finish(start(2, flags, f"--runs-dir {tmp_path}", before=two_machines)):
+        assert code == 0, said
+    assert torch.equal(vector(checkpoint(tmp_path / "run")["agent"]), vector(checkpoint(two)["agent"]))

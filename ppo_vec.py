@@ -1464,6 +1464,8 @@ def put_back(env: gym.Env, state: np.ndarray) -> None:
 # torchrun starts them ("ranks"). Each has its own environments, and all have the same weights, statistics, generators
 # and counters: what differs between them is gathered before anything is computed from it.
 
+RANK_ENDED = "another process of this training has ended; --resume goes on where it last saved"
+
 
 def rank() -> int:
     """The number of this process; 0 without torchrun."""
@@ -1476,21 +1478,19 @@ def world_size() -> int:
 
 
 def all_ranks(value: Any) -> list[Any]:
-    """The value of each process, in the order of the ranks. Tensors must have one shape everywhere."""
-    values = [torch.empty_like(value) if isinstance(value, Tensor) else None for _ in range(world_size())]
+    """The value of each process, in the order of the ranks. A tensor has the same shape in all of them."""
     if world_size() == 1:
         return [value]
-    with refuse("another process of this training has ended", TrainingError):
-        if isinstance(value, Tensor):
-            dist.all_gather(values, value.contiguous())
-        else:
-            dist.all_gather_object(values, value)
+    tensor = isinstance(value, Tensor)
+    values = [torch.empty_like(value) if tensor else None for _ in range(world_size())]
+    with refuse(RANK_ENDED, TrainingError):
+        dist.all_gather(values, value.contiguous()) if tensor else dist.all_gather_object(values, value)
     return values
 
 
 def mean_of_ranks(vector: Tensor, group: Any) -> Tensor:
     if world_size() > 1:
-        with refuse("another process of this training has ended", TrainingError):
+        with refuse(RANK_ENDED, TrainingError):
             dist.all_reduce(vector, group=group)
         vector /= world_size()
     return vector
@@ -1510,13 +1510,9 @@ def join_ranks(argv: Sequence[str]) -> None:
     versions = {"ppo_vec.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8], "torch": torch.__version__}
     first, *others = all_ranks({"arguments": shlex.join(argv), **versions, "numpy": np.__version__})
     for number, other in enumerate(others, start=1):
-        for name, value in other.items():
-            if value != first[name]:
-                raise (
-                    UserError(f"rank {number} has {name} {value!r}, rank 0 has {first[name]!r}")
-                    if rank() == 0
-                    else SystemExit(2)
-                )
+        for name in (name for name in other if other[name] != first[name]):
+            message = f"rank {number} has {name} {other[name]!r}, rank 0 has {first[name]!r}"
+            raise UserError(message) if rank() == 0 else SystemExit(2)
 
 
 def from_rank_0(action: Callable[[], Any]) -> Any:
@@ -1560,10 +1556,8 @@ class CudaGraph:
     ) -> list[dict[str, Tensor]]:  # fmt: skip
         if not self.batch:
             self.batch = {name: tensor.clone() for name, tensor in batch.items()}
-            self.minibatch, self.scalars = (
-                [tensor.clone() for tensor in minibatches[0]],
-                torch.zeros(3, device=minibatches[0][0].device),
-            )
+            self.minibatch = [tensor.clone() for tensor in minibatches[0]]
+            self.scalars = torch.zeros(3, device=self.minibatch[0].device)
         fixed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in self.COPIED}
         self.graph, self.fixed = self.graph if fixed == self.fixed else None, fixed
         for name, tensor in batch.items():
@@ -1572,9 +1566,8 @@ class CudaGraph:
         self.scalars.copy_(torch.tensor([*(o.param_groups[0]["lr"] for o in optimizers), args.ent_coef]))
         for optimizer, rate in zip(optimizers, rates):
             optimizer.param_groups[0]["lr"] = rate
-        self.step = functools.partial(
-            self.one_minibatch, agent, optimizers, dataclasses.replace(args, ent_coef=ent_coef)
-        )
+        args = dataclasses.replace(args, ent_coef=ent_coef)
+        self.step = functools.partial(self.one_minibatch, agent, optimizers, args)
         totals = [0, 0]
         for minibatch in minibatches:
             for own, new in zip(self.minibatch, minibatch):

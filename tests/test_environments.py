@@ -225,7 +225,7 @@ def test_new_workers_go_on_where_the_last_rollout_ended(env_id: str) -> None:
     def run(num_workers: int, *ends: int) -> tuple:
         args = make_args(env_id=env_id, num_envs=5, num_workers=num_workers, num_steps=60)
         with trainer(args) as (state, envs):
-            data = steps(state, envs, 5, before=lambda k: k in ends and envs.close(kill=k % 2 == 0))
+            data = steps(state, envs, 5, before=lambda k: k in ends and envs.close(terminate=k % 2 == 0))
             return *data, plain(state.envs)
 
     undisturbed = run(2)
@@ -607,7 +607,7 @@ def test_an_evaluation_holds_few_environments_of_the_right_kind(
     worker, _ = worker_here(make_args(env_id=env_id, num_envs=6, num_workers=1))
     worker.task = dataclasses.replace(worker.task, max_episode_steps=10)
     monkeypatch.setattr(ppo_vec, "make_env", spy)
-    episodes = call(worker, "play", list(range(11)), 1, published)
+    episodes = call(worker, "play", list(range(11)), range(11), 1, published)
     assert [i for i, *_ in episodes] == list(range(11))
     assert sorted(seed for _, seed in resets) == list(range(11))
     assert max(most) == 4  # whole tiles of no more than num_envs
@@ -621,7 +621,7 @@ def test_an_evaluation_holds_few_environments_of_the_right_kind(
 def test_an_endless_episode_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppo_vec, "ENDLESS", 30)
     worker, _ = worker_here(make_args(env_id=TOY, env_kwargs='{"endless": true}', num_envs=2, num_workers=1))
-    assert call(worker, "play", [3, 4], 1, True) == [(0, 90.0, 30, False), (1, 120.0, 30, False)]
+    assert call(worker, "play", [3, 4], range(2), 1, True) == [(0, 90.0, 30, False), (1, 120.0, 30, False)]
 
 
 # ---- State and checkpoints -------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ for name, one, other in zip(["gradient", "gradient", *["rest"] * 20], mine, whol
 
 @pytest.mark.parametrize("target_kl", [None, 0.02])
 def test_two_ranks_update_as_one_process_with_all_environments(target_kl: float | None) -> None:
-    """Gradients within 1e-6; weights, statistics, metrics and the stop at the target KL too. Both ranks are the same."""
+    """Gradients within 1e-6; weights, statistics, metrics and the stop at the target KL too, on both ranks."""
     for code, said in finish(start(2, code=ONE_UPDATE.replace("TARGET_KL", repr(target_kl)))):
         assert code == 0, said
         assert said.count("gradient") == 2

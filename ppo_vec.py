@@ -171,8 +171,7 @@ class Gaussian(nn.Module):
     """A diagonal Gaussian over actions in units of the bounds, not clipped.
 
     Another distribution, such as a Beta, is a class with `outputs` and the methods below (but mean_logstd), which
-    `Distribution` then names. Discrete actions fit all arrays as one-hot rows; make_task and Policy.env_action must
-    know of them.
+    `Distribution` then names.
     """
 
     def __init__(self, action_dim: int, args: Args) -> None:
@@ -231,7 +230,39 @@ class Gaussian(nn.Module):
         return out if noise is None else out + std * noise
 
 
-Distribution = Gaussian  # the one in use
+class Categorical(nn.Module):
+    """A choice among action_dim discrete actions. In all arrays an action is a one-hot row."""
+
+    def __init__(self, action_dim: int, args: Args) -> None:
+        super().__init__()
+        self.outputs = action_dim
+
+    def initialize(self, last: nn.Linear) -> None:
+        """There is no standard deviation."""
+
+    def log_prob_entropy(self, out: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The log probability of one-hot `actions` (..., action_dim) and the entropy, (...) each, in nats."""
+        log_probs = out.log_softmax(-1)
+        return (log_probs * actions).sum(-1), -(log_probs * log_probs.exp()).sum(-1)
+
+    def bounds_loss(self, out: Tensor) -> Tensor:
+        return torch.zeros_like(out[..., 0])
+
+    def keep_min_std(self) -> None: ...
+
+    @staticmethod
+    def noise(generator: torch.Generator, *shape: int) -> Tensor:
+        """Gumbel noise: the largest of logits plus noise is a sample (Gumbel 1954)."""
+        return -torch.empty(*shape).exponential_(generator=generator).log()
+
+    @staticmethod
+    def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+        """In NumPy: logits (n, action_dim), noise or None for the likeliest -> one-hot actions (n, action_dim)."""
+        scores = out if noise is None else out + noise
+        return np.eye(scores.shape[-1], dtype=np.float32)[scores.argmax(-1)]
+
+
+Distribution = Gaussian  # of Box actions
 
 
 class Agent(nn.Module):
@@ -241,11 +272,11 @@ class Agent(nn.Module):
     helps to tell the value of a state, but will not be there when the policy is used. For most tasks there are none.
     """
 
-    def __init__(self, obs_dim: int, extra_dim: int, action_dim: int, args: Args) -> None:
+    def __init__(self, obs_dim: int, extra_dim: int, action_dim: int, args: Args, discrete: bool = False) -> None:
         super().__init__()
         self.obs_dim = obs_dim
         self.normalizer = Normalizer(obs_dim + extra_dim)
-        self.distribution = Distribution(action_dim, args)
+        self.distribution = (Categorical if discrete else Distribution)(action_dim, args)
         sizes = obs_dim, *args.actor_hidden_sizes, self.distribution.outputs
         self.actor = mlp(sizes, args.activation, last_gain=0.01)
         self.critic = mlp((obs_dim + extra_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
@@ -513,6 +544,7 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
 
 def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None) -> int | None:
     """Trains, or continues from a saved state; evaluates and saves. Returns the signal that stopped it, if one did."""
+    set_up_torch()
     state = State(args, task, torch.device("cpu"))
     if saved:
         state.load_share(saved)
@@ -690,7 +722,7 @@ class Task:
 
     obs_dim: int
     extra_dim: int  # what the critic sees beside: the episode's length and return so far, or nothing
-    low: np.ndarray  # (action_dim,) float32 action bounds
+    low: np.ndarray  # (action_dim,) float32 action bounds; of discrete actions the actions themselves, int64
     high: np.ndarray
     max_episode_steps: int | None
     goal: float | None  # the return at which the environment counts as solved
@@ -698,6 +730,10 @@ class Task:
     @property
     def action_dim(self) -> int:
         return len(self.low)
+
+    @property
+    def discrete(self) -> bool:
+        return self.low.dtype.kind == "i"
 
 
 def make_env(args: Options, published: bool = False, render_mode: str | None = None) -> gym.Env:
@@ -719,7 +755,7 @@ def make_env(args: Options, published: bool = False, render_mode: str | None = N
 
 
 def make_task(args: Options) -> Task:
-    """Raises UserError for an environment that cannot be made, or that PPO with a Gaussian cannot act in."""
+    """Raises UserError for an environment that cannot be made, or that our distributions cannot act in."""
     extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
     with refuse(what):  # unknown, a missing dependency, no display, or whatever the environment raises
@@ -732,13 +768,17 @@ def make_task(args: Options) -> Task:
             env.render()
         obs, actions, spec = env.observation_space, env.action_space, env.spec
         env.close()
-    if not isinstance(obs, gym.spaces.Box) or not isinstance(actions, gym.spaces.Box) or not actions.is_bounded():
-        kinds = f"{type(obs).__name__} observations and {type(actions).__name__} actions"
-        raise UserError(f"{what} has {kinds}; supported are Box observations and Box actions with finite bounds")
+    discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
+    if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
+        kinds = f"{obs} observations and {actions} actions"
+        raise UserError(f"{what} has {kinds}; supported are Box, and Discrete actions or Box ones with finite bounds")
+    if discrete and (args.min_std or args.state_dependent_std):
+        raise UserError(f"--min-std and --state-dependent-std are for Box actions; those of {what} are discrete")
     if args.practice and (args.env_id not in WALKERS or args.wrappers):
         raise UserError(f"--practice needs one of {', '.join(WALKERS)}, without --wrappers")
     limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
-    return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, *float32_bounds(actions), limit, goal)
+    bounds = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
+    return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, *bounds, limit, goal)
 
 
 def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
@@ -777,7 +817,7 @@ def step_envs(envs: Sequence[gym.Env], actions: np.ndarray, beat: Callable[[], N
         return step_walkers(envs, actions)
     space, steps = envs[0].action_space, []
     for env, row in zip(envs, actions):
-        steps.append(env.step(row.reshape(space.shape).astype(space.dtype)))
+        steps.append(env.step(row.reshape(space.shape).astype(space.dtype)[()]))  # [()]: a scalar for Discrete
         beat()
     obs, rewards, terminated, truncated, _ = zip(*steps)
     obs = np.stack([np.asarray(o, np.float32).ravel() for o in obs])
@@ -811,6 +851,7 @@ class Policy:
         self.obs_mean, self.obs_scale, self.std, *layers = arrays
         self.layers = list(zip(layers[0::2], layers[1::2]))
         self.activation, self.low, self.high = activation, low, high
+        self.distribution = Categorical if low.dtype.kind == "i" else Distribution  # see Task
         self.middle = ((high.astype(np.float64) + low) / 2).astype(np.float32)
         self.half = ((high.astype(np.float64) - low) / 2).astype(np.float32)
 
@@ -828,10 +869,12 @@ class Policy:
 
     def sample(self, obs: np.ndarray, noise: np.ndarray | None = None, offset: int = 0) -> np.ndarray:
         """Raw observations (n, obs_dim) float32 and noise (n, action_dim) -> actions; without noise, their mean."""
-        return Distribution.act(self.forward(obs, offset), self.std, noise)
+        return self.distribution.act(self.forward(obs, offset), self.std, noise)
 
     def env_action(self, action: np.ndarray) -> np.ndarray:
-        """Clips to [-1, 1] and maps to the environment's bounds."""
+        """Clips to [-1, 1] and maps to the environment's bounds; of one-hot rows the chosen actions (n,) int64."""
+        if self.distribution is Categorical:
+            return self.low[action.argmax(-1)]
         action = self.middle + self.half * clip(action, -1, 1)
         return clip(action, self.low, self.high)  # rounding may have gone past the bounds
 
@@ -1635,7 +1678,7 @@ class State:
         _, noise, shuffle, init = np.random.SeedSequence(args.seed).spawn(4)
         torch.manual_seed(int(init.generate_state(1)[0]))
         self.args, self.task, self.device = args, task, device
-        self.agent = Agent(task.obs_dim, task.extra_dim, task.action_dim, args).to(device)
+        self.agent = Agent(task.obs_dim, task.extra_dim, task.action_dim, args, task.discrete).to(device)
         self.average = AveragedModel(self.agent, use_buffers=True)  # average_weights
         self.optimizers = make_optimizers(self.agent)
         self.descend_both = CudaGraph() if device.type == "cuda" else descend_both
@@ -2335,12 +2378,16 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
     return args, path, tree
 
 
-def choose_device(args: Args) -> torch.device:
-    device = torch.device("cpu")
+def set_up_torch() -> None:
+    """Before networks are made: their first weights have other bits with more threads."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # these matrices are too small to share; more threads only wait for each other
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+
+
+def choose_device(args: Args) -> torch.device:
+    device = torch.device("cpu")
     if args.cuda:
         try:
             if "LOCAL_RANK" in os.environ and torch.cuda.device_count():
@@ -2385,7 +2432,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> Non
     if tree is not None:
         with refuse("the checkpoint does not fit"):
             with torch.device("meta"):
-                own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args)
+                own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args, task.discrete)
             if kind(tree["agent"]) != kind(own.state_dict()) or len(tree["envs"]["episode"]) % args.num_envs:
                 raise ValueError("other networks, or another number of environments")
 

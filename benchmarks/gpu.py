@@ -180,6 +180,7 @@ def main() -> int:
     options = parser.parse_args()
     quick, failed = options.quick, []
     cores = pv.usable_cores()
+    pv.set_up_torch()
     pv.choose_device(dataclasses.replace(make_args((8,)), cuda=GPU))
     report: dict[str, Any] = {"update": [], "iteration": [], "stepping": [], "copies": []}
     goals: dict[str, float] = {}

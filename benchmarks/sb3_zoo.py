@@ -70,7 +70,7 @@ def main(options: Options) -> None:
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-    pv.choose_device(pv.Args())
+    pv.set_up_torch()
     torch.use_deterministic_algorithms(False)
     folder = options.run_dir
     folder.mkdir(parents=True, exist_ok=True)

@@ -613,7 +613,7 @@ def main() -> int:
     out = options.out or (None if options.quick else ROOT / "benchmarks" / "results")
     warnings.filterwarnings("ignore")  # the peers' own
     few, many = options.envs
-    pv.choose_device(pv.Args())
+    pv.set_up_torch()
     try:
         bench = Bench(options)
         for num_envs in options.envs:

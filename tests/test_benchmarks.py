@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,28 @@ PathFinder.find_spec = lambda name, *rest: None if name in peers else find(name,
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+# ---- gpu.py and scaling.py -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("gpu", ["16-16", "2 x 64", "| 2 | 8 |", "delivered"]), ("scaling", ["| 4 | 1 | 1 |", "1024"])]
+)
+def test_a_quick_form_measures_every_row(tmp_path: Path, name: str, rows: list[str]) -> None:
+    """It writes nothing; and every figure is a positive number."""
+    env = {**os.environ, "PYTHONPATH": str(Path(ppo_vec.__file__).parent)}
+    script = Path(throughput.__file__).with_name(f"{name}.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--out", str(tmp_path / "results")],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for row in rows:
+        (line, *_) = [line for line in done.stdout.splitlines() if row in line] or [""]
+        assert re.search(r"[1-9]", line.replace(row, "")), (row, done.stdout)
+    assert "Failed" not in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 # ---- throughput.py ---------------------------------------------------------------------------------------------------

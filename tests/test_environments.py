@@ -7,6 +7,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -334,6 +335,22 @@ def test_spawned_workers_give_the_same_result(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         run = tmp_path / "runs" / context
         results.append((plain(ppo_vec.read_checkpoint(run)[1]), (run / "evaluation.csv").read_text()))
+    assert_same(*results)
+
+
+@pytest.mark.skipif(ppo_vec.usable_cores() < 2, reason="needs two cores")
+def test_the_number_of_cores_changes_no_result(tmp_path: Path) -> None:
+    """Torch would make the first weights with a thread for each, and so with other bits."""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    env["PYTHONPATH"] = str(Path(ppo_vec.__file__).parent)
+    cores, results = sorted(os.sched_getaffinity(0)), []
+    for some in (cores[:1], cores):
+        run = tmp_path / f"{len(some)}"
+        flags = f"--total-timesteps 2048 --eval-episodes 1 --runs-dir {tmp_path} --run-name {run.name}"
+        pin = functools.partial(os.sched_setaffinity, 0, some)
+        command = [sys.executable, ppo_vec.__file__, *flags.split()]
+        subprocess.run(command, env=env, capture_output=True, timeout=100, check=True, preexec_fn=pin)
+        results.append(plain(ppo_vec.read_checkpoint(run / "checkpoint.pt")[1]))
     assert_same(*results)
 
 

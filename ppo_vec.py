@@ -770,7 +770,7 @@ def make_task(args: Options) -> Task:
         env.close()
     discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
     if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
-        kinds = f"{obs} observations and {actions} actions"
+        kinds = f"{space_name(obs)} observations and {space_name(actions)} actions"
         raise UserError(f"{what} has {kinds}; supported are Box, and Discrete actions or Box ones with finite bounds")
     if discrete and (args.min_std or args.state_dependent_std):
         raise UserError(f"--min-std and --state-dependent-std are for Box actions; those of {what} are discrete")
@@ -779,6 +779,11 @@ def make_task(args: Options) -> Task:
     limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
     bounds = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
     return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, *bounds, limit, goal)
+
+
+def space_name(space: Any) -> str:
+    ours = isinstance(space, gym.spaces.Space)
+    return type(space).__name__ if ours else f"{type(space).__module__}.{type(space).__name__} (not gymnasium's)"
 
 
 def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:

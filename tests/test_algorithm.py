@@ -370,6 +370,36 @@ def test_training_rewards_by_hand() -> None:
     assert_same(rollout.rewards, raw)
 
 
+# ---- Discrete actions ------------------------------------------------------------------------------------------------
+
+
+@given(any_seed, st.integers(1, 6), st.integers(1, 5))
+def test_a_categorical_is_torchs(seed: int, n: int, rows: int) -> None:
+    """Log probabilities of one-hot actions, entropies, and their gradients."""
+    rng = torch.Generator().manual_seed(seed)
+    out = (3 * torch.randn(rows, n, generator=rng, dtype=torch.float64)).requires_grad_()
+    chosen = torch.randint(n, (rows,), generator=rng)
+    ours, theirs = ppo_vec.Categorical(n, make_args()), torch.distributions.Categorical(logits=out)
+    pairs = zip(ours.log_prob_entropy(out, torch.eye(n)[chosen]), (theirs.log_prob(chosen), theirs.entropy()))
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-6, atol=1e-9)
+        grads = (torch.autograd.grad(each.sum(), out, retain_graph=True)[0] for each in (found, expected))
+        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7)
+    assert ours.bounds_loss(out).tolist() == [0.0] * rows
+
+
+def test_gumbel_noise_samples_the_softmax() -> None:
+    """And without noise the likeliest action is taken."""
+    logits = np.log(np.array([[0.1, 0.6, 0.3]], np.float32)).repeat(40_000, 0)
+    noise = ppo_vec.Categorical.noise(torch.Generator().manual_seed(0), 40_000, 3).numpy()
+    actions = ppo_vec.Categorical.act(logits, np.empty(0), noise)
+    assert (actions.dtype, actions.shape) == (np.float32, (40_000, 3))
+    assert set(actions.ravel().tolist()) == {0.0, 1.0}
+    np.testing.assert_array_equal(actions.sum(1), 1)
+    np.testing.assert_allclose(actions.mean(0), [0.1, 0.6, 0.3], atol=0.01)  # four standard deviations
+    np.testing.assert_array_equal(ppo_vec.Categorical.act(logits[:2], np.empty(0), None), [[0, 1, 0]] * 2)
+
+
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
 

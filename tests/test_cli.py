@@ -172,9 +172,10 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--wrappers gymnasium.wrappers:FlattenObservation --practice 0.5", "--practice needs"),
     # Environments
     ("--env-id Nope-v0", "Nope"), ("--env-id BipedalWalker-v2", "BipedalWalker-v3"), ("--env-id=", "--env-id"),
-    ("--env-id no_such_module:Nope-v0", "no_such_module"), ("--env-id CartPole-v1", "Box actions"),
+    ("--env-id no_such_module:Nope-v0", "no_such_module"), ("--env-id CartPole-v1 --min-std 0.1", "are discrete"),
     ("--env-id FrozenLake-v1", "Discrete observations"), ("--env-id Blackjack-v1", "Tuple observations"),
-    (f"--env-id {tiny_id('discrete')}", "Discrete obs"), (f"--env-id {tiny_id('unbounded')}", "finite bounds"),
+    ("--env-id CartPole-v1 --state-dependent-std", "are discrete"),
+    (f"--env-id {tiny_id('discrete')}", "Discrete observations"), (f"--env-id {tiny_id('unbounded')}", "finite bounds"),
     ('--env-id Pendulum-v1 --env-kwargs {"wind":1}', "wind"), ('--env-kwargs {"wind":1}', "wind"),
     ('--env-kwargs {"fast":true}', "fast"), ("--env-id Pendulum-v1 --wrappers no_such_module:f", "no_such_module"),
     ("--env-id Pendulum-v1 --wrappers gymnasium:no_such_function", "no_such_function"),

@@ -62,6 +62,30 @@ class Toy(gym.Env):
 gym.register(TOY, entry_point=Toy)
 
 
+class Choice(gym.Env):
+    """Of the actions 5, 6 and 7 the one that the observation tells pays 1. An episode has 10 steps."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (3,)), gym.spaces.Discrete(3, start=5)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.left = 10
+        return self.show(), {}
+
+    def show(self) -> np.ndarray:
+        self.right = int(self.np_random.integers(3))
+        return np.eye(3, dtype=np.float32)[self.right]
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        assert isinstance(action, np.int64)
+        assert self.action_space.contains(action)
+        reward, self.left = float(action == 5 + self.right), self.left - 1
+        return self.show(), reward, self.left == 0, False, {}
+
+
+gym.register("Choice-v0", entry_point=Choice)
+
+
 def make_args(**overrides: Any) -> Options:
     small = {"actor_hidden_sizes": (16, 16), "critic_hidden_sizes": (16, 16), "update_epochs": 2, "num_minibatches": 4}
     args = Options(**{**small, "anneal_lr": False, **overrides})
@@ -336,6 +360,50 @@ def test_spawned_workers_give_the_same_result(tmp_path: Path) -> None:
         run = tmp_path / "runs" / context
         results.append((plain(ppo_vec.read_checkpoint(run)[1]), (run / "evaluation.csv").read_text()))
     assert_same(*results)
+
+
+def test_discrete_actions(tmp_path: Path) -> None:
+    """They are learned, the same for any number of workers and in two parts; the policy gives the environment's own."""
+    flags = "--env-id Choice-v0 --num-envs 6 --num-steps 53 --num-minibatches 6 --learning-rate 3e-3 --no-anneal-lr"
+
+    def run(name: str, workers: int, steps: int) -> dict[str, Any]:
+        where = f"{flags} --num-workers {workers} --total-timesteps {steps} --runs-dir {tmp_path} --run-name {name}"
+        where = f"--resume {tmp_path / name} --total-timesteps {steps}" if (tmp_path / name).exists() else where
+        assert ppo_vec.main(where.split()) == 0
+        return plain(ppo_vec.read_checkpoint(tmp_path / name / "checkpoint.pt")[1])
+
+    first = run("one", 1, 6000)
+    assert first["evaluations"][-1]["mean"] == 10
+    assert_same(run("two", 2, 6000), first)
+    run("parts", 2, 3000)
+    parts = run("parts", 1, 6000)  # from the middle of six episodes, which are replayed
+    assert_same(parts["agent"], first["agent"])
+    assert_same(parts["envs"], first["envs"])
+    act = ppo_vec.load_policy(tmp_path / "one")
+    assert act(np.eye(3)).tolist() == [5, 6, 7]
+    action = act(np.eye(3)[1])
+    assert (type(action), action) == (np.int64, 6)
+    assert ppo_vec.main(["--evaluate", str(tmp_path / "one"), "--eval-episodes", "3"]) == 0
+
+
+def test_the_first_minibatch_of_discrete_actions_has_ratio_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, ratios = make_args(env_id="Choice-v0", num_envs=6, num_steps=40), []
+    loss_of = ppo_vec.policy_loss
+
+    def noting(agent: ppo_vec.Agent, mb: dict[str, Tensor], args: Options) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(mb["obs"]), mb["actions"])
+        ratios.append((logprobs - mb["logprobs"]).exp().detach())
+        return loss_of(agent, mb, args)
+
+    noting.__name__ = "policy_loss"
+    monkeypatch.setattr(ppo_vec, "policy_loss", noting)
+    with trainer(args) as (state, envs):
+        iterate(state, envs)
+        first = len(ratios)
+        iterate(state, envs)
+    for i in (0, first):
+        torch.testing.assert_close(ratios[i], torch.ones_like(ratios[i]), rtol=0, atol=1e-5)
+    assert (ratios[first - 1] - 1).abs().max() > 1e-3
 
 
 @pytest.mark.skipif(ppo_vec.usable_cores() < 2, reason="needs two cores")

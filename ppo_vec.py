@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import pickletools
 import platform
+import random
 import re
 import shlex
 import signal
@@ -595,6 +596,7 @@ class Options(Args):
     resume: str | None = None  # continue this run (its folder, or "latest")
     evaluate: str | None = None  # evaluate this run (its folder, "latest", or a checkpoint) instead of training
     eval_episodes: int = 100  # test episodes, with --evaluate and after training (there also as many to choose)
+    eval_max_steps: int = 10_000  # ends an evaluation episode of an environment without a time limit
     capture_video: bool = False  # write an mp4 of an episode of the deterministic policy into the run's videos/
     track: bool = False  # also log to Weights and Biases (pip install wandb)
     num_workers: int | None = None  # processes that share the environments; default one per core; changes no result
@@ -620,6 +622,10 @@ TUNED: dict[str, dict[str, Any]] = {
     "LunarLanderContinuous-v3": {
         "num_steps": 320, "learning_rate": 3e-4, "critic_learning_rate": 1e-3, "num_minibatches": 40,
         "ent_coef": 0.001, "initial_std": 0.5, "activation": "relu", "state_dependent_std": True,
+    },
+    "LunarLander-v3": {
+        "num_steps": 320, "learning_rate": 3e-4, "critic_learning_rate": 1e-3, "num_minibatches": 40, "ent_coef": 0.01,
+        "activation": "relu",
     },
     "BipedalWalkerHardcore-v3": {
         "practice": 0.5, "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 2e-4,
@@ -703,7 +709,7 @@ def average_weights(state: State, args: Options) -> None:
 # ---- Environments ----------------------------------------------------------------------------------------------------
 
 WALKERS = {"BipedalWalker-v3": False, "BipedalWalkerHardcore-v3": True}  # env id: hardcore
-ENDLESS = 10_000  # steps after which an evaluation ends an episode of an environment without a time limit
+LARGE = 5_000  # numbers of an observation that are worth a warning
 FALL = -100.0  # the reward of a fall or crash in Gymnasium's Box2D environments
 
 # Three ranges of episode seeds that never meet. Training seeds are spread over the upper half of 32 bits.
@@ -755,19 +761,56 @@ def make_env(args: Options, published: bool = False, render_mode: str | None = N
 
 
 def make_task(args: Options) -> Task:
-    """Raises UserError for an environment that cannot be made, or that our distributions cannot act in."""
+    """Tries the environment in a process of its own. Raises UserError, saying why, if we cannot train on it."""
+    context = multiprocessing.get_context(START_METHOD)
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=rehearse, args=(args, theirs))
+    process.start()
+    theirs.close()
+    limit = max(args.worker_timeout, STARTING)
+    try:
+        if ours.poll(limit):
+            result = ours.recv()
+        else:
+            result = UserError(
+                f"--env-id {args.env_id} took more than {limit:g} s for its first steps (--worker-timeout)"
+            )
+            process.kill()
+    except EOFError:
+        process.join()
+        result = UserError(f"--env-id {args.env_id} ended its process, with exit code {process.exitcode}")
+    process.join(CLOSING)
+    process.kill()
+    process.join()
+    if isinstance(result, UserError):
+        raise result
+    if result.obs_dim > LARGE:
+        say(
+            f"warning: an observation is {result.obs_dim} numbers, to networks without convolutions: slow, if it learns"
+        )
+    return result
+
+
+def rehearse(args: Options, pipe: Any) -> None:
+    """The process that make_task starts: sends the Task, or a UserError."""
+    try:
+        pipe.send(inspect_env(args))
+    except UserError as error:
+        pipe.send(error)
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass
+
+
+def inspect_env(args: Options) -> Task:
+    """Makes the environment, looks at its spaces, takes a few steps. Raises UserError."""
     extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
     with refuse(what):  # unknown, a missing dependency, no display, or whatever the environment raises
         with warnings.catch_warnings(action="ignore"):  # of an outdated version: the error says it, too
             env = make_env(args, published=True, render_mode="rgb_array" if args.capture_video else None)
-        if args.capture_video:
-            if "rgb_array" not in env.metadata.get("render_modes", ()):
-                raise ValueError("it has no render mode rgb_array")
-            env.reset(seed=0)
-            env.render()
+        if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
+            raise ValueError("it has no render mode rgb_array")
         obs, actions, spec = env.observation_space, env.action_space, env.spec
-        env.close()
     discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
     if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
         kinds = f"{space_name(obs)} observations and {space_name(actions)} actions"
@@ -776,9 +819,56 @@ def make_task(args: Options) -> Task:
         raise UserError(f"--min-std and --state-dependent-std are for Box actions; those of {what} are discrete")
     if args.practice and (args.env_id not in WALKERS or args.wrappers):
         raise UserError(f"--practice needs one of {', '.join(WALKERS)}, without --wrappers")
+    with refuse(what), closing(env):
+        take_steps(env)
+        if args.capture_video:
+            render_frame(env)
     limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
     bounds = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
     return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, *bounds, limit, goal)
+
+
+def take_steps(env: gym.Env) -> None:
+    """A reset and three steps. Raises ValueError for what is not as Gymnasium has it, and does harm."""
+
+    def check(what: str, value: Any, shape: tuple[int, ...]) -> None:
+        with refuse(f"{what} cannot be numbers", ValueError):
+            array = np.asarray(value, np.float32)
+        if array.size != np.prod(shape):  # (1,) for a number, or a flat image, do no harm
+            raise ValueError(f"{what} has the shape {array.shape}, not {shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{what} is not finite: {one_line(ValueError(array))}")
+
+    seed_everything(env, 0)
+    returned = env.reset(seed=0)
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
+        raise ValueError(f"reset() returned {type(returned).__name__}, not the pair (observation, info)")
+    check("the observation of reset()", returned[0], env.observation_space.shape)
+    for _ in range(3):
+        returned = env.step(env.action_space.sample())
+        if not (isinstance(returned, tuple) and len(returned) == 5):
+            words = "(observation, reward, terminated, truncated, info)"
+            raise ValueError(f"step() returned {type(returned).__name__} of {len(returned)}, not {words}")
+        obs, *numbers, _ = returned
+        check("the observation of step()", obs, env.observation_space.shape)
+        for name, value in zip(("reward", "terminated", "truncated"), numbers):
+            check(f"the {name} of step()", value, ())
+        if np.any(numbers[1]) or np.any(numbers[2]):
+            break
+
+
+def render_frame(env: gym.Env) -> np.ndarray:
+    """The picture of now as (height, width, 3) uint8, whatever kind the environment gives. Raises ValueError."""
+    image = env.render()
+    image = np.asarray(image[-1] if isinstance(image, list) and image else image)
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or image.dtype.kind not in "uifb":
+        raise ValueError(f"render() gives no picture, but {image.dtype} of the shape {image.shape}")
+    if image.dtype.kind in "fb":
+        image = image * 255.0
+    image = np.clip(image, 0, 255).astype(np.uint8)[:, :, :3]
+    return image.repeat(3, 2) if image.shape[2] == 1 else image
 
 
 def space_name(space: Any) -> str:
@@ -795,7 +885,8 @@ def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    hint = "; is its folder in PYTHONPATH?" * isinstance(error, ModuleNotFoundError)
+    return (" ".join(str(error).split())[:200] or type(error).__name__) + hint
 
 
 @contextlib.contextmanager
@@ -807,7 +898,15 @@ def refuse(what: str, error_class: type[Exception] = UserError) -> Iterator[None
         raise error_class(f"{what}: {one_line(error)}") from error
 
 
+def seed_everything(env: gym.Env, seed: int) -> None:
+    """What an environment may draw from beside its own generator."""
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    env.action_space.seed(seed), env.observation_space.seed(seed)
+
+
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
+    if not isinstance(env, Walker):  # which has its own generator only
+        seed_everything(env, seed)
     return np.asarray(env.reset(seed=seed)[0], np.float32).ravel()
 
 
@@ -826,7 +925,8 @@ def step_envs(envs: Sequence[gym.Env], actions: np.ndarray, beat: Callable[[], N
         beat()
     obs, rewards, terminated, truncated, _ = zip(*steps)
     obs = np.stack([np.asarray(o, np.float32).ravel() for o in obs])
-    return obs, np.array(rewards, np.float32), np.array(terminated, bool), np.array(truncated, bool)
+    numbers = (rewards, np.float32), (terminated, bool), (truncated, bool)
+    return obs, *(np.array(values, dtype).reshape(len(envs)) for values, dtype in numbers)  # each may have shape (1,)
 
 
 # ---- The acting policy -----------------------------------------------------------------------------------------------
@@ -940,13 +1040,14 @@ class Worker(gym.Env):
     """
 
     observation_space = action_space = gym.spaces.Discrete(1)
-    envs: Sequence[gym.Env] = ()
+    envs: Sequence[gym.Env] = ()  # in training
+    playing: Sequence[gym.Env] = ()  # in an evaluation
 
     def __init__(
         self, index: int, first: int, last: int, args: Options, task: Task, shared: Any, snapshot: Any
     ) -> None:
         self.index, self.first, self.last, self.args, self.task = index, first, last, args, task
-        self.data, self.snapshot, self.envs = open_shared(shared), snapshot, []
+        self.data, self.snapshot, self.envs, self.playing = open_shared(shared), snapshot, [], []
         self.number = rank() * args.num_envs + first  # of the first environment, counted over all ranks
 
     def run(self, name: str, policy: Policy, *args: Any) -> Any:
@@ -958,8 +1059,10 @@ class Worker(gym.Env):
             return traceback.format_exc()
 
     def close(self) -> None:
-        for env in self.envs:
-            env.close()
+        for envs in (self.envs, self.playing):
+            while envs:
+                with contextlib.suppress(Exception):
+                    envs.pop().close()
 
     def beat(self) -> None:
         """Shows that this worker does not hang: after everything that it does for one environment or one row."""
@@ -1041,8 +1144,7 @@ class Worker(gym.Env):
         Its environments are reused; but published walkers, whose world remembers earlier episodes, are made anew.
         """
         begin, end = (share.start + len(share) * i // workers for i in (self.index, self.index + 1))
-        size = max(1, (self.last - self.first) // TILE) * TILE
-        envs, episodes = [], []
+        size, envs, episodes = self.last - self.first, self.playing, []
         for start in range(begin, end, size):
             some = range(start, min(start + size, end))
             while envs and published and self.args.env_id in WALKERS:
@@ -1052,8 +1154,8 @@ class Worker(gym.Env):
                 self.beat()
             rows = self.play_batch(envs[: len(some)], [seeds[i] for i in some], start)
             episodes += [(i, *row) for i, row in zip(some, rows)]
-        for env in envs:
-            env.close()
+        while envs:
+            envs.pop().close()
         return episodes
 
     def play_batch(self, envs: list[gym.Env], seeds: list[int], offset: int) -> Episodes:
@@ -1063,7 +1165,7 @@ class Worker(gym.Env):
             obs[i] = reset_env(env, seed)
             self.beat()
         returns, lengths, fell = np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs), bool)
-        running, limit = np.arange(len(envs)), self.task.max_episode_steps or ENDLESS
+        running, limit = np.arange(len(envs)), self.task.max_episode_steps or self.args.eval_max_steps
         while len(running):
             actions = self.policy.env_action(self.policy.sample(obs, offset=offset))
             some = [envs[i] for i in running]
@@ -1080,7 +1182,7 @@ def worker_main(workers: list[Callable[[], Worker]], index: int, _: Any, *args: 
 
     (The handlers do nothing; an ignored signal would be inherited by whatever an environment starts.)
     """
-    trainer = os.getppid()
+    trainer, made = os.getppid(), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     block_signals(False)  # VecEnv.start blocks them
@@ -1088,11 +1190,18 @@ def worker_main(workers: list[Callable[[], Worker]], index: int, _: Any, *args: 
     def watch() -> None:  # a sibling may keep the pipe open that would have told that the trainer has gone
         while os.getppid() == trainer and multiprocessing.parent_process().is_alive():
             time.sleep(0.5)
+        threading.Timer(CLOSING, os._exit, (1,)).start()
+        for worker in made:
+            worker.close()
         os._exit(1)
+
+    def make() -> Worker:
+        made.append(workers[index]())
+        return made[0]
 
     threading.Thread(target=watch, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
-        _async_worker(index, workers[index], *args)
+        _async_worker(index, make, *args)
 
 
 def block_signals(block: bool) -> None:
@@ -1101,6 +1210,8 @@ def block_signals(block: bool) -> None:
         signal.pthread_sigmask(how, (signal.SIGINT, signal.SIGTERM))
 
 
+# Forking takes a tenth of a second, spawning many (each worker imports torch). macOS cannot fork safely.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 STARTING = 120.0  # seconds that the start of a worker may take, whatever --worker-timeout
 CLOSING = 5.0  # seconds that workers have to close their environments
 MAX_FAULTS = 3  # attempts at one rollout or evaluation before a run gives up
@@ -1116,8 +1227,6 @@ class VecEnv(AsyncVectorEnv):
     def __init__(self, args: Options, task: Task, snapshot: dict[str, Any]) -> None:
         self.args, self.task, self.snapshot = args, task, snapshot
         self.num_workers = min(args.num_workers or usable_cores(), args.num_envs)
-        # Forking takes a tenth of a second, spawning many (each worker imports torch). macOS cannot fork safely.
-        self.context = "fork" if sys.platform == "linux" else "spawn"
         T, N, A, D = args.num_steps, args.num_envs, task.action_dim, task.obs_dim + task.extra_dim
         specs = {
             "obs": ((T + 1, N, D), np.float32), "final_obs": ((T, N, D), np.float32),
@@ -1127,7 +1236,7 @@ class VecEnv(AsyncVectorEnv):
             "memory": (snapshot["memory"].shape, np.float64), "beats": ((self.num_workers,), np.int64),
         }  # fmt: skip
         # Unnamed memory, which no crash can leave behind.
-        array = multiprocessing.get_context(self.context).RawArray
+        array = multiprocessing.get_context(START_METHOD).RawArray
         self.shared = {name: (array("b", max(1, np.empty(*spec).nbytes)), *spec) for name, spec in specs.items()}
         self.data = open_shared(self.shared)
         self.processes, self.parent_pipes, self.closed, self.restarts = [], [], True, 0
@@ -1141,15 +1250,19 @@ class VecEnv(AsyncVectorEnv):
             functools.partial(worker_class, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))
         ]
         self.data.beats[...], self.closed = 0, False
-        if self.context == "spawn":  # its start would unblock them
+        if START_METHOD == "spawn":  # its start would unblock them
             resource_tracker.ensure_running()
         block_signals(True)  # until a worker has its own handlers
         try:
-            super().__init__(
-                [functools.partial(gym.Env.__new__, Worker)] * len(workers),  # only the first is asked for its spaces
-                shared_memory=False, context=self.context, worker=functools.partial(worker_main, workers),
-                autoreset_mode=AutoresetMode.DISABLED,
-            )  # fmt: skip
+            with refuse("cannot start the workers; fewer --num-workers, or a higher ulimit, may help", TrainingError):
+                super().__init__(
+                    [functools.partial(gym.Env.__new__, Worker)] * len(workers),  # only the first shows its spaces
+                    shared_memory=False, context=START_METHOD, worker=functools.partial(worker_main, workers),
+                    autoreset_mode=AutoresetMode.DISABLED, daemon=False,  # a daemon may start no processes
+                )  # fmt: skip
+        except TrainingError:
+            self.close(terminate=True)
+            raise
         finally:
             block_signals(False)
 
@@ -1162,17 +1275,20 @@ class VecEnv(AsyncVectorEnv):
         for pipe in self.parent_pipes:
             with contextlib.suppress(OSError):
                 pipe.send(("close", None))
-        for process, pipe in zip(self.processes, self.parent_pipes):
-            process.join(max(0.0, end - time.monotonic()))
-            process.kill()  # not terminate(): a stopped process would never get to it
-            process.join()
+        for process in self.processes:
+            if process.pid is not None:  # it has been started
+                process.join(max(0.0, end - time.monotonic()))
+                process.kill()  # not terminate(): a stopped process would never get to it
+                process.join()
+        for pipe in self.parent_pipes:
             pipe.close()
-        self.processes, self.closed = [], True
+        self.processes, self.parent_pipes, self.closed = [], [], True
 
     def call(self, name: str, weights: dict[str, Tensor], *args: Any) -> list[Any]:
         """Calls a method of every worker, to act with these weights. After a fault, new workers take over."""
         acting = Policy(weights, self.args.activation, self.task.low, self.task.high)
-        for attempt in range(1, MAX_FAULTS + 1):
+        faults: list[str] = []
+        while True:
             try:
                 if not self.processes:
                     self.start()
@@ -1181,12 +1297,14 @@ class VecEnv(AsyncVectorEnv):
             except (EOFError, OSError, TrainingError) as error:
                 codes = enumerate(process.join(0.2) or process.exitcode for process in self.processes)
                 ended = (f"worker {i} ended with exit code {code}" for i, code in codes if code)
-                fault = error if isinstance(error, TrainingError) else next(ended, "a worker closed its pipe")
-            self.close(terminate=True)
+                fault = str(error) if isinstance(error, TrainingError) else next(ended, "a worker closed its pipe")
+            self.close()
             self.restarts += 1
-            if attempt < MAX_FAULTS:
-                say(f"warning: {fault}; starting new workers where the last rollout ended")
-        raise TrainingError(f"gave up after {MAX_FAULTS} attempts without progress: {fault}")
+            shown, faults = fault in faults and "\n" in fault, [*faults, fault]  # the same traceback again
+            if shown or len(faults) == MAX_FAULTS:
+                text = fault.splitlines()[-1] if shown else fault
+                raise TrainingError(f"gave up after {len(faults)} attempts without progress: {text}")
+            say(f"warning: {fault}; starting new workers where the last rollout ended")
 
     def wait(self) -> list[Any]:
         """All workers' results. Raises TrainingError if one failed, or takes no step for --worker-timeout."""
@@ -1200,7 +1318,7 @@ class VecEnv(AsyncVectorEnv):
             seen = beats.copy()
             for i in waiting.values():
                 if time.monotonic() - since[i] > (timeout if seen[i] else max(timeout, STARTING)):
-                    raise TrainingError(f"worker {i} took no step for {timeout:g} s")
+                    raise TrainingError(f"worker {i} took no step for {timeout:g} s (--worker-timeout)")
         results = list(self.call_wait())
         for i, result in enumerate(results):
             if isinstance(result, str):
@@ -1249,6 +1367,10 @@ class VecEnv(AsyncVectorEnv):
         for i, ret, *_ in episodes:
             if not math.isfinite(ret):
                 raise TrainingError(f"the return of the evaluation episode with seed {seeds[i]} is {ret}")
+        limit = self.args.eval_max_steps
+        cut = self.task.max_episode_steps is None and sum(length >= limit for _, _, length, _ in episodes)
+        if cut:
+            say(f"warning: {cut} of {len(seeds)} episodes were cut off after {limit} steps (--eval-max-steps)")
         return [(ret, length, fell) for _, ret, length, fell in episodes]
 
 
@@ -2066,10 +2188,10 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path
         # macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
         with closing(env), imageio.get_writer(temporary, fps=fps, macro_block_size=2) as writer:
             obs = reset_env(env, seed)
-            writer.append_data(env.render())
-            for _ in range(ENDLESS):
+            writer.append_data(render_frame(env))
+            for _ in range(args.eval_max_steps):
                 (obs,), _, terminated, truncated = step_envs([env], policy(obs)[None])
-                writer.append_data(env.render())
+                writer.append_data(render_frame(env))
                 if terminated[0] or truncated[0]:
                     break
         os.replace(temporary, path)
@@ -2304,13 +2426,21 @@ def plot_learning_curve(folder: Path, state: State) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-CHOSEN = {"num_workers", "worker_timeout", "capture_video", "eval_episodes", "evaluate", "runs_dir"}  # on --evaluate
+CHOSEN = {
+    "num_workers",
+    "worker_timeout",
+    "capture_video",
+    "eval_episodes",
+    "eval_max_steps",
+    "evaluate",
+    "runs_dir",
+}  # on --evaluate
 CHANGEABLE = CHOSEN | {"total_timesteps", "track", "cuda", "resume"}  # on --resume; the rest would make it another run
 # Not taken from a checkpoint.
 UNTRUSTED = {"track", "num_workers", "capture_video", "runs_dir", "run_name", "resume", "evaluate"}
 GRACE = 5.0  # seconds that an iteration has to finish after a signal
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what their values must be, in words
-    ("num_\\w+|total_timesteps|update_epochs|eval_episodes", lambda v: v >= 1, "be at least 1"),
+    ("num_\\w+|total_timesteps|update_epochs|eval_\\w+", lambda v: v >= 1, "be at least 1"),
     ("\\w+_hidden_sizes", lambda v: all(size >= 1 for size in v), "all be at least 1"),
     ("(critic_)?learning_rate|clip_coef|max_grad_norm|target_kl|worker_timeout|initial_std",
         lambda v: 0 < v < math.inf, "be a finite number greater than 0"),
@@ -2407,7 +2537,9 @@ def choose_device(args: Args) -> torch.device:
 def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) -> None:
     """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints the result."""
     workers = args.num_workers or usable_cores()
-    args = dataclasses.replace(args, num_envs=4 * TILE * workers, num_workers=workers, num_steps=1, practice=0.0)
+    args = dataclasses.replace(
+        args, num_envs=max(args.num_envs, workers), num_workers=workers, num_steps=1, practice=0.0
+    )
     seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
     envs, episodes = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim, 0)), []
     with closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
@@ -2453,9 +2585,7 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
 
     def end(number: int) -> None:
         os.write(2, f"\nstopped by {signal.Signals(number).name}; continue with: --resume {folder}\n".encode())
-        for process in multiprocessing.active_children():
-            process.kill()
-        os._exit(128 + number)
+        os._exit(128 + number)  # the workers notice, and close their environments
 
     def handle(number: int, _: Any) -> None:
         if received:

@@ -126,10 +126,14 @@ def fail_with(error: Exception) -> Callable[..., Any]:
 
 @pytest.fixture
 def no_process(monkeypatch: Patch, tmp_path: Path) -> Iterator[None]:
-    """Fails the test if a process is started; runs it in an empty folder, which must stay empty."""
-    fail = fail_with(AssertionError("a process was started"))
+    """Fails the test if more than the rehearsal is started; runs it in an empty folder, which must stay empty."""
+    fail, start = fail_with(AssertionError("a process was started")), multiprocessing.process.BaseProcess.start
+
+    def start_rehearsal(process: Any) -> None:
+        start(process) if process._target is ppo_vec.rehearse else fail()
+
     monkeypatch.setattr(ppo_vec.AsyncVectorEnv, "__init__", fail)
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fail)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_rehearsal)
     monkeypatch.setattr(subprocess.Popen, "__init__", fail)
     folder = tmp_path / "empty"
     folder.mkdir()

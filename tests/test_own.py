@@ -1,0 +1,324 @@
+"""What people bring themselves: environments that own processes, draw from anywhere, return odd things, or fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_vec
+
+FLAGS = (
+    "--num-envs 4 --num-workers 2 --num-steps 20 --num-minibatches 2 --update-epochs 1 --eval-episodes 2 "
+    "--actor-hidden-sizes 8 --critic-hidden-sizes 8 --total-timesteps 240"
+)
+# A point on a line. Each kind does one thing in its own way; all of it is also in this process.
+MODULE = '''
+import multiprocessing, os, random, subprocess, time
+import gymnasium as gym
+import numpy as np
+import torch
+
+class Point(gym.Env):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space = gym.spaces.Box(-10, 10, (3,))
+    action_space = gym.spaces.Box(-1, 1, (2,))
+
+    def __init__(self, kind="", folder="", render_mode=None):
+        self.kind, self.folder, self.render_mode = kind, folder, render_mode
+        if "owns" in kind:
+            self.child = subprocess.Popen(["sleep", "86399"])
+            open(f"{folder}/{self.child.pid}", "w").close()
+        if "forks" in kind:
+            self.child = multiprocessing.Process(target=time.sleep, args=(0.01,))
+            self.child.start()
+            self.child.join()
+        if kind == "slow to make":
+            time.sleep(60)
+        if kind == "exits":
+            os._exit(3)
+
+    def close(self):
+        if "owns" in self.kind:
+            self.child.terminate()
+            self.child.wait()
+            os.rename(f"{self.folder}/{self.child.pid}", f"{self.folder}/{self.child.pid}.closed")
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = np.zeros(3), 0
+        if self.kind == "draws":
+            torch_number, space_number = float(torch.rand(())), self.action_space.sample()[0]
+            self.x = np.array([np.random.uniform(), random.random(), torch_number + space_number])
+        if self.kind == "no info":
+            return self.x
+        if self.kind == "short obs":
+            return self.x[:2], {}
+        if self.kind == "text":
+            return "far", {}
+        if self.kind == "nan":
+            return self.x * np.nan, {}
+        if self.kind == "flat":
+            return self.x.reshape(1, 3), {}
+        return (self.x.tolist() if self.kind == "list" else self.x), {}
+
+    def step(self, action):
+        self.t += 1
+        self.x = self.x + 0.1 * action.sum()
+        reward, done, x = -float(abs(self.x[0])), self.t >= 15, np.clip(self.x, -10, 10)
+        if "fails" in self.kind and self.t == 7:
+            raise ArithmeticError("the string is broken")
+        if self.kind == "four":
+            return x, reward, done, {}
+        if self.kind == "no reward":
+            return x, None, False, done, {}
+        if self.kind == "two rewards":
+            return x, [1.0, 2.0], False, done, {}
+        if self.kind == "flat":
+            return x.reshape(1, 3), np.array([reward]), np.array([False]), np.array(done), {}
+        if self.kind == "endless":
+            return x, reward, False, False, {}
+        return (x.tolist() if self.kind == "list" else x), reward, False, done, {}
+
+    def render(self):
+        picture = np.full((16, 24, 3), 0.5)
+        return {
+            "rgb": (255 * picture).astype(np.uint8), "rgba": np.full((16, 24, 4), 127, np.uint8), "float": picture,
+            "gray": np.full((16, 24), 127, np.uint8), "gray1": np.full((16, 24, 1), 127, np.uint8),
+            "list": [np.zeros((16, 24, 3), np.uint8), np.full((16, 24, 3), 127, np.uint8)],
+            "bool": np.ones((16, 24), bool), "none": None, "line": np.zeros(7),
+        }[self.kind]
+
+gym.register("Point-v0", entry_point=Point)
+'''  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "own_point.py").write_text(MODULE)
+    (tmp_path / "owned").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(ppo_vec.__file__).parent)]))
+    yield
+    sys.modules.pop("own_point", None)
+
+
+def flags(folder: Path, kind: str, more: str = "") -> list[str]:
+    kwargs = f'{{"kind":"{kind}","folder":"{folder / "owned"}"}}'
+    where = f"--runs-dir {folder / 'runs'} --run-name run {more}"
+    return ["--env-id", "own_point:Point-v0", "--env-kwargs", kwargs, *f"{FLAGS} {where}".split()]
+
+
+def tree(folder: Path) -> dict[str, Any]:
+    return ppo_vec.read_checkpoint(folder / "runs" / "run" / "checkpoint.pt")[1]
+
+
+# ---- Environments that own something outside Python ------------------------------------------------------------------
+
+
+def check_closed(folder: Path, least: int) -> None:
+    """Every environment that was made has been closed, within seconds, and its process has gone."""
+    end = time.monotonic() + 10
+    while any(path.suffix == "" for path in (folder / "owned").iterdir()) and time.monotonic() < end:
+        time.sleep(0.1)
+    names = [path.name for path in (folder / "owned").iterdir()]
+    alive = [name for name in names if Path(f"/proc/{name.split('.')[0]}").exists()]
+    for name in alive:
+        with contextlib.suppress(OSError):
+            os.kill(int(name.split(".")[0]), signal.SIGKILL)
+    assert not alive
+    assert [name for name in names if not name.endswith(".closed")] == []
+    assert len(names) >= least
+
+
+def test_environments_are_closed_at_a_normal_end(tmp_path: Path) -> None:
+    assert ppo_vec.main(flags(tmp_path, "owns forks")) == 0
+    check_closed(tmp_path, 1 + 4 + 2)  # rehearsal, training, evaluation
+    assert ppo_vec.main(["--evaluate", str(tmp_path / "runs" / "run")]) == 0
+    check_closed(tmp_path, 1 + 4 + 2 + 1 + 2)
+
+
+def test_environments_are_closed_when_one_fails(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """In training, where new workers try it again, and in its evaluation."""
+    assert ppo_vec.main(flags(tmp_path, "owns fails")) == 1
+    err = capfd.readouterr().err
+    assert err.count("Traceback") == 1
+    assert err.splitlines()[-1].endswith(
+        "gave up after 2 attempts without progress: ArithmeticError: the string is broken"
+    )
+    check_closed(tmp_path, 1 + 2 * 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_environments_are_closed_when_the_run_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, ppo_vec.__file__, *flags(tmp_path, "owns", "--total-timesteps 1000000")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "runs" / "run" / "best.pt").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: to the workers, and to what they have started
+        else:
+            process.send_signal(number)
+        assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -9)
+    check_closed(tmp_path, 1 + 4)
+
+
+def test_environments_are_closed_when_a_worker_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those of the worker that was killed, whose processes nobody can close."""
+    rollout, calls = ppo_vec.VecEnv.rollout, []
+
+    def killing(self: ppo_vec.VecEnv, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(self.processes[1].pid, signal.SIGKILL)
+        return rollout(self, *args)
+
+    monkeypatch.setattr(ppo_vec.VecEnv, "rollout", killing)
+    assert ppo_vec.main(flags(tmp_path, "owns")) == 0
+    open_ones = [path for path in (tmp_path / "owned").iterdir() if path.suffix == ""]
+    assert len(open_ones) == 2
+    for path in open_ones:
+        os.kill(int(path.name), signal.SIGKILL)
+        path.unlink()
+    check_closed(tmp_path, 1 + 4 + 2)
+
+
+# ---- Numbers from anywhere -------------------------------------------------------------------------------------------
+
+
+def test_all_that_an_environment_draws_at_a_reset_follows_the_seed(tmp_path: Path) -> None:
+    """NumPy's, Python's and torch's global generators, and the spaces': not the workers, nor the run."""
+    results = []
+    for i, workers in enumerate((1, 2, 2)):
+        folder = tmp_path / str(i)
+        (folder / "owned").mkdir(parents=True)
+        assert ppo_vec.main(flags(folder, "draws", f"--num-workers {workers}")) == 0
+        results.append(tree(folder)["agent"])
+    for other in results[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in results[0].items())
+    env = ppo_vec.make_env(ppo_vec.Options(env_id="own_point:Point-v0", env_kwargs='{"kind":"draws"}'))
+    starts = [ppo_vec.reset_env(env, seed) for seed in (1, 2, 1)]
+    assert np.array_equal(starts[0], starts[2])
+    assert not np.isclose(starts[0], starts[1]).any()
+
+
+# ---- What reset and step return --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["flat", "list"])
+def test_harmless_returns_are_taken(tmp_path: Path, kind: str) -> None:
+    """A flat image of shape (1, 3), rewards and flags of shape (1,), lists: with the result of the plain ones."""
+    results = []
+    for i, (each, workers) in enumerate(((kind, 1), (kind, 2), ("", 2))):
+        folder = tmp_path / str(i)
+        (folder / "owned").mkdir(parents=True)
+        assert ppo_vec.main(flags(folder, each, f"--num-workers {workers}")) == 0
+        results.append(tree(folder)["agent"])
+    for other in results[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in results[0].items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("no info", "reset() returned ndarray, not the pair (observation, info)"),
+        ("short obs", "the observation of reset() has the shape (2,), not (3,)"),
+        ("text", "the observation of reset() cannot be numbers"),
+        ("nan", "the observation of reset() is not finite"),
+        ("four", "step() returned tuple of 4, not (observation, reward, terminated, truncated, info)"),
+        ("no reward", "the reward of step()"),
+        ("two rewards", "the reward of step() has the shape (2,), not ()"),
+        ("exits", "ended its process, with exit code 3"),
+    ],
+)
+def test_harmful_returns_are_named_before_anything_starts(
+    tmp_path: Path, kind: str, words: str, capfd: pytest.CaptureFixture
+) -> None:
+    assert ppo_vec.main(flags(tmp_path, kind)) == 2
+    err = capfd.readouterr().err
+    assert words in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_environment_that_takes_too_long_to_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(ppo_vec, "STARTING", 1.0)
+    assert ppo_vec.main(flags(tmp_path, "slow to make", "--worker-timeout 1")) == 2
+    assert "took more than 1 s for its first steps (--worker-timeout)" in capfd.readouterr().err
+
+
+def test_a_module_that_is_not_found_names_pythonpath(capfd: pytest.CaptureFixture) -> None:
+    assert ppo_vec.main(["--env-id", "no_such_module:Env-v0"]) == 2
+    assert "is its folder in PYTHONPATH?" in capfd.readouterr().err
+
+
+def test_episodes_that_an_evaluation_cuts_off_are_counted(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert ppo_vec.main(flags(tmp_path, "endless", "--eval-max-steps 30")) == 0
+    assert "warning: 2 of 2 episodes were cut off after 30 steps (--eval-max-steps)" in capfd.readouterr().err
+    rows = (tmp_path / "runs" / "run" / "evaluation.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[2] for row in rows] == ["30", "30"]
+
+
+# ---- Frames ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rgb", "rgba", "float", "gray", "gray1", "list", "bool"])
+def test_frames_of_any_kind(tmp_path: Path, kind: str) -> None:
+    """All of these are a gray picture of 127, but the last: that is white."""
+    env = ppo_vec.make_env(
+        ppo_vec.Options(env_id="own_point:Point-v0", env_kwargs=f'{{"kind":"{kind}"}}'), True, "rgb_array"
+    )
+    env.reset(seed=0)
+    frame = ppo_vec.render_frame(env)
+    assert (frame.shape, frame.dtype) == ((16, 24, 3), np.uint8)
+    assert set(frame.ravel().tolist()) == {255 if kind == "bool" else 127}
+
+
+@pytest.mark.parametrize("kind", ["none", "line"])
+def test_no_picture_is_said_before_the_training(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture) -> None:
+    assert ppo_vec.main(flags(tmp_path, kind, "--capture-video")) == 2
+    assert "render() gives no picture" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- Where it runs ---------------------------------------------------------------------------------------------------
+
+
+def test_workers_that_cannot_start_are_one_clear_line(tmp_path: Path) -> None:
+    """Too few files may be open for so many workers."""
+    command = [sys.executable, ppo_vec.__file__, *flags(tmp_path, "", "--num-envs 40 --num-workers 40")]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # noqa: E731
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    assert (
+        "error: cannot start the workers; fewer --num-workers, or a higher ulimit, may help: [Errno 24]" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    time.sleep(0.5)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert str(tmp_path).encode() not in path.read_bytes(), "a worker lived on"
+
+
+def test_a_policy_can_be_pickled(tmp_path: Path) -> None:
+    """For Pool.map, whatever its activation."""
+    assert ppo_vec.main(flags(tmp_path, "", "--activation relu")) == 0
+    policy = ppo_vec.load_policy(tmp_path / "runs" / "run")
+    obs = np.ones((5, 3))
+    assert np.array_equal(pickle.loads(pickle.dumps(policy))(obs), policy(obs))

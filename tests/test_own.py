@@ -42,9 +42,9 @@ class Point(gym.Env):
             self.child = subprocess.Popen(["sleep", "86399"])
             open(f"{folder}/{self.child.pid}", "w").close()
         if "forks" in kind:
-            self.child = multiprocessing.Process(target=time.sleep, args=(0.01,))
-            self.child.start()
-            self.child.join()
+            self.fork = multiprocessing.Process(target=time.sleep, args=(0.01,))
+            self.fork.start()
+            self.fork.join()
         if kind == "slow to make":
             time.sleep(60)
         if kind == "exits":

@@ -286,8 +286,8 @@ def main() -> int:
         spread = {n: f"{statistics.median(v):,.0f} ({min(v):,.0f} to {max(v):,.0f})" for n, v in turns.items()}
         out += [
             f"In turns, 16 environments on {cores} cores: one process {spread[1]}, two {spread[2]}: {ratio:.2f}.",
-            "Half the rows take nearly as long as all of them: most of a minibatch is the start of small operations. And each",
-            "all-reduce waits for the slower process, which takes longer than the message.",
+            "Half the rows take nearly as long as all of them: most of a minibatch is the start of small operations.",
+            "And each all-reduce waits for the slower process, which takes longer than the message.",
             "",
         ]
 
@@ -299,8 +299,9 @@ def main() -> int:
         }
         on_gpu = dataclasses.replace(model, **dict(zip(("minibatch", "row"), line(points))))
         out += ["## 16 cores with a GPU: forecast, and what was measured there", "",
-                "The constants of this machine's cores; the GPU's minibatch (256-256, CUDA graph) from gpu.json. On that machine a",
-                "core takes 95 us for an environment's step while the others are idle, half as long again when all 16 are busy.", "",
+                "The constants of this machine's cores; the GPU's minibatch (256-256, CUDA graph) from gpu.json. On that",
+                "machine a core takes 95 us for an environment's step while the others are idle, half as long again when",
+                "all 16 are busy.", "",
                 "| environments | rollout, ms: forecast | measured | update, ms: forecast | measured "
                 "| steps a second: forecast | measured |", "|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
         for r in gpu["iteration"]:

@@ -37,6 +37,8 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "default-2m": "--num-envs 16 --cuda --total-timesteps 2000000",
     "lander": "--env-id LunarLanderContinuous-v3",
     "hardcore": "--env-id BipedalWalkerHardcore-v3",
+    "lander-discrete": "--env-id LunarLander-v3",
+    "cartpole": "--env-id CartPole-v1 --total-timesteps 100000",
     # The two systems of the README's last section.
     "notebook": "--env-id LunarLanderContinuous-v3 --activation relu --state-dependent-std --learning-rate 3e-4 "
     "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "

@@ -300,7 +300,7 @@ def main() -> int:
         on_gpu = dataclasses.replace(model, **dict(zip(("minibatch", "row"), line(points))))
         out += ["## 16 cores with a GPU: forecast, and what was measured there", "",
                 "The constants of this machine's cores; the GPU's minibatch (256-256, CUDA graph) from gpu.json.",
-                "There a core takes 95 us for an environment's step alone, and half as long again when all are busy.", "",
+                "There a core takes 95 us for an environment's step alone, half as long again when all are busy.", "",
                 "| environments | rollout, ms: forecast | measured | update, ms: forecast | measured "
                 "| steps a second: forecast | measured |", "|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
         for r in gpu["iteration"]:

@@ -20,6 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib
@@ -545,6 +546,7 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
 
 def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None) -> int | None:
     """Trains, or continues from a saved state; evaluates and saves. Returns the signal that stopped it, if one did."""
+    folder = folder.absolute()  # whatever an environment does to the working directory
     set_up_torch()
     state = State(args, task, torch.device("cpu"))
     if saved:
@@ -772,9 +774,7 @@ def make_task(args: Options) -> Task:
         if ours.poll(limit):
             result = ours.recv()
         else:
-            result = UserError(
-                f"--env-id {args.env_id} took more than {limit:g} s for its first steps (--worker-timeout)"
-            )
+            result = UserError(f"--env-id {args.env_id} took over {limit:g} s for its first steps (--worker-timeout)")
             process.kill()
     except EOFError:
         process.join()
@@ -785,9 +785,7 @@ def make_task(args: Options) -> Task:
     if isinstance(result, UserError):
         raise result
     if result.obs_dim > LARGE:
-        say(
-            f"warning: an observation is {result.obs_dim} numbers, to networks without convolutions: slow, if it learns"
-        )
+        say(f"warning: an observation is {result.obs_dim} numbers, and there are no convolutions: slow, if it learns")
     return result
 
 
@@ -1896,6 +1894,10 @@ class State:
         self.finished = False
 
 
+# (The last two: an environment may get a goal, or lose it, while a run is interrupted.)
+MAY_BE_NONE = "solved_at_step", "solved_at_s", "smoothed_return", "shown", "frac_solved"
+
+
 def kind(tree: Any, name: Any = "") -> Any:
     """What a saved value must have in common with our own: keys, types, shapes and dtypes; lists of results may grow.
 
@@ -1905,7 +1907,7 @@ def kind(tree: Any, name: Any = "") -> Any:
         return {key: kind(value, key) for key, value in tree.items()}
     if isinstance(tree, list) and name in ("optimizers", "actions"):
         return [kind(value) for value in tree]
-    if name in ("solved_at_step", "solved_at_s", "smoothed_return") and type(tree) in (int, float):
+    if name in MAY_BE_NONE and type(tree) in (int, float):
         return type(None)
     return (tree.shape, tree.dtype) if isinstance(tree, Tensor) else type(tree)
 
@@ -1947,14 +1949,22 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
         with open(temporary, "xb") as file:  # a new file: through no link
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
         if hasattr(os, "O_DIRECTORY"):  # the renames themselves have to reach the disk, too
             folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
+            sync(folder)
             os.close(folder)
+
+
+def sync(file: int) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:  # some network file systems have no such call, above all for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 @contextlib.contextmanager
@@ -2228,7 +2238,7 @@ def should_save(state: State) -> bool:
 def save(folder: Path, state: State, log: Log) -> None:
     """Writes checkpoint.pt, keeping the one before. Raises TrainingError where the disk is full."""
     began = time.perf_counter()
-    state.log_sizes = log.flush(sync=True)
+    state.log_sizes = log.flush(to_disk=True)
     # The first one takes the place of what may be damaged, and what the run was resumed from is kept.
     keep = folder / "checkpoint.previous.pt" if state.saved_at > -math.inf else None
     tree = state.gathered()
@@ -2298,12 +2308,12 @@ class Log:
         with cannot_write(self.paths[name]):
             self.files[name].write(data)
 
-    def flush(self, sync: bool = False) -> dict[str, int]:
-        """Hands everything to the system, with `sync` to the disk itself. Returns the sizes of the files."""
+    def flush(self, to_disk: bool = False) -> dict[str, int]:
+        """Hands everything to the system, or on to the disk itself. Returns the sizes of the files."""
         for name, file in self.files.items():
             with cannot_write(self.paths[name]):
                 file.flush()
-                _ = sync and os.fsync(file.fileno())
+                _ = to_disk and sync(file.fileno())
         return {name: file.tell() for name, file in self.files.items()}
 
     def lap(self, name: str) -> None:
@@ -2634,6 +2644,8 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 training failed, 2 bad input, 130 or 143 stopped by a signal."""
+    if sys.stderr is None:  # closed, or a program without a console
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         argv = sys.argv[1:] if argv is None else argv
         join_ranks(argv)
@@ -2674,4 +2686,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # As a module: a spawned worker looks its classes up there, and would get copies of those in __main__.
-    sys.exit(importlib.import_module(Path(__file__).stem).main())
+    sys.exit(importlib.import_module(Path(__file__).resolve().stem).main())

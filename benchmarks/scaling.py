@@ -275,9 +275,9 @@ def main() -> int:
         rate = n * 128 / (times["rollout"] + times["update"])
         out.append(f"| {n} | {workers} | 1 | {rate:,.0f} | {model.rate(n, 128, workers):,.0f} |")
     ratio = None
-    if cores > 1:
+    if cores > 1 and not quick:
         turns: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(1 if quick else 3):  # in turns: one process with all environments, two with half of them
+        for _ in range(3):  # in turns: one process with all environments, two with half of them
             for ranks in (1, 2):
                 times = in_ranks(ranks, f"iteration,{16 // ranks},{repeats * 2}")
                 turns[ranks].append(16 * 128 / (times["rollout"] + times["update"]))

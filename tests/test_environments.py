@@ -364,19 +364,19 @@ def test_spawned_workers_give_the_same_result(tmp_path: Path) -> None:
 
 def test_discrete_actions(tmp_path: Path) -> None:
     """They are learned, the same for any number of workers and in two parts; the policy gives the environment's own."""
-    flags = "--env-id Choice-v0 --num-envs 6 --num-steps 53 --num-minibatches 6 --learning-rate 3e-3 --no-anneal-lr"
+    flags = f"--runs-dir {tmp_path} --env-id Choice-v0 --num-envs 6 --eval-episodes 4 --num-steps 53 --num-minibatches 6 --learning-rate 3e-3 --no-anneal-lr"
 
     def run(name: str, workers: int, steps: int) -> dict[str, Any]:
-        where = f"{flags} --num-workers {workers} --total-timesteps {steps} --runs-dir {tmp_path} --run-name {name}"
+        where = f"{flags} --num-workers {workers} --total-timesteps {steps} --run-name {name}"
         where = f"--resume {tmp_path / name} --total-timesteps {steps}" if (tmp_path / name).exists() else where
         assert ppo_vec.main(where.split()) == 0
         return plain(ppo_vec.read_checkpoint(tmp_path / name / "checkpoint.pt")[1])
 
-    first = run("one", 1, 6000)
+    first = run("one", 1, 4000)
     assert first["evaluations"][-1]["mean"] == 10
-    assert_same(run("two", 2, 6000), first)
-    run("parts", 2, 3000)
-    parts = run("parts", 1, 6000)  # from the middle of six episodes, which are replayed
+    assert_same(run("two", 2, 4000), first)
+    run("parts", 2, 2000)
+    parts = run("parts", 1, 4000)  # from the middle of six episodes, which are replayed
     assert_same(parts["agent"], first["agent"])
     assert_same(parts["envs"], first["envs"])
     act = ppo_vec.load_policy(tmp_path / "one")
@@ -414,7 +414,8 @@ def test_the_number_of_cores_changes_no_result(tmp_path: Path) -> None:
     cores, results = sorted(os.sched_getaffinity(0)), []
     for some in (cores[:1], cores):
         run = tmp_path / f"{len(some)}"
-        flags = f"--total-timesteps 2048 --eval-episodes 1 --runs-dir {tmp_path} --run-name {run.name}"
+        small = "--num-steps 8 --num-minibatches 2 --total-timesteps 128 --eval-episodes 1"
+        flags = f"{small} --runs-dir {tmp_path} --run-name {run.name}"
         pin = functools.partial(os.sched_setaffinity, 0, some)
         command = [sys.executable, ppo_vec.__file__, *flags.split()]
         subprocess.run(command, env=env, capture_output=True, timeout=100, check=True, preexec_fn=pin)

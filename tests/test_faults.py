@@ -414,6 +414,7 @@ def test_lost_worker(
     args = (*tiny("", 480), "--num-envs", "8", "--num-steps", "10", "--eval-episodes", "8", "--worker-timeout", "3")
     expected, once = undisturbed(*args), run.with_name("once")
     monkeypatch.setattr(ppo_vec, "STARTING", 3.0)
+    monkeypatch.setattr(ppo_vec, "CLOSING", 0.5)
     lose(monkeypatch, method, number, which, once)
     capsys.readouterr()
     assert train(run, *args) == 0

@@ -1,14 +1,15 @@
 """PPO in one file: masters BipedalWalker on an ordinary machine in minutes.
 
     python ppo_vec.py --num-envs 16 --cuda             # train; without CUDA it says so once and uses the CPU
+    torchrun --nproc-per-node 2 ppo_vec.py             # train in several processes, on one machine or more
     tensorboard --logdir runs                          # watch
     python ppo_vec.py --resume runs/NAME               # continue an interrupted run, to the bit
     python ppo_vec.py --evaluate runs/NAME             # 100 test episodes of the policy that a run delivered
     action = ppo_vec.load_policy("runs/NAME")(obs)     # in Python: from raw observations to actions
 
 What stands where. First the algorithm: Args, Agent, gae, policy_loss, value_loss, update, Rollout, collect, train.
-Then the engineering: options and schedules, environments, the acting policy, workers, walkers, checkpoints,
-evaluation, logs, command line.
+Then the engineering: options and schedules, environments, the acting policy, workers, walkers, several processes, CUDA,
+checkpoints, evaluation, logs, command line.
 
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438. "37 details": Huang et al.
 2022, "The 37 Implementation Details of Proximal Policy Optimization". Names follow CleanRL's ppo_continuous_action.py.
@@ -427,6 +428,7 @@ def descend(
         mb = {name: tensor[rows] for name, tensor in batch.items()} | {"advantages": advantages}
         loss, metrics = loss_of(agent, mb, args)
         parts = [g.flatten() for g in torch.autograd.grad(loss, optimizer.views_of_flat)]
+        # With several processes: the mean of their gradients and metrics, in one message.
         pooled = mean_of_ranks(torch.cat([*parts, torch.stack(list(metrics.values()))]), optimizer.ranks)
         gradient, metrics = pooled[: len(flat)], dict(zip(metrics, pooled[len(flat) :]))
         metrics[f"{loss_of.__name__}_grad_norm"] = norm = gradient.norm()
@@ -726,7 +728,7 @@ def episode_seed(seed: int, env: int, episode: int) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker has to know of the environment; checked once, before any process is started."""
+    """What a worker has to know of the environment; checked once, before any worker is started."""
 
     obs_dim: int
     extra_dim: int  # what the critic sees beside: the episode's length and return so far, or nothing
@@ -2436,17 +2438,9 @@ def plot_learning_curve(folder: Path, state: State) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-CHOSEN = {
-    "num_workers",
-    "worker_timeout",
-    "capture_video",
-    "eval_episodes",
-    "eval_max_steps",
-    "evaluate",
-    "runs_dir",
-}  # on --evaluate
-CHANGEABLE = CHOSEN | {"total_timesteps", "track", "cuda", "resume"}  # on --resume; the rest would make it another run
-# Not taken from a checkpoint.
+# What may change on --evaluate, and on --resume: the rest would make it another run. And what no checkpoint decides.
+CHOSEN = {"num_workers", "worker_timeout", "capture_video", "eval_episodes", "eval_max_steps", "evaluate", "runs_dir"}
+CHANGEABLE = CHOSEN | {"total_timesteps", "track", "cuda", "resume"}
 UNTRUSTED = {"track", "num_workers", "capture_video", "runs_dir", "run_name", "resume", "evaluate"}
 GRACE = 5.0  # seconds that an iteration has to finish after a signal
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what their values must be, in words
@@ -2547,9 +2541,8 @@ def choose_device(args: Args) -> torch.device:
 def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) -> None:
     """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints the result."""
     workers = args.num_workers or usable_cores()
-    args = dataclasses.replace(
-        args, num_envs=max(args.num_envs, workers), num_workers=workers, num_steps=1, practice=0.0
-    )
+    few = {"num_envs": max(args.num_envs, workers), "num_workers": workers, "num_steps": 1, "practice": 0.0}
+    args = dataclasses.replace(args, **few)
     seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
     envs, episodes = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim, 0)), []
     with closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
@@ -2674,8 +2667,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ppo_vec.py: error: {f'rank {rank()}: ' * (world_size() > 1)}{error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except torch.OutOfMemoryError as error:
-        print(f"ppo_vec.py: error: no memory left on the GPU ({one_line(error)})", file=sys.stderr)
-        print("fewer --num-envs x --num-steps, or more --num-minibatches, need less", file=sys.stderr)
+        help = "fewer --num-envs x --num-steps, or more --num-minibatches, need less"
+        print(f"ppo_vec.py: error: no memory left on the GPU; {help} ({one_line(error)})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # in an evaluation, or before a run has taken the signal over
         return 130

@@ -364,7 +364,8 @@ def test_spawned_workers_give_the_same_result(tmp_path: Path) -> None:
 
 def test_discrete_actions(tmp_path: Path) -> None:
     """They are learned, the same for any number of workers and in two parts; the policy gives the environment's own."""
-    flags = f"--runs-dir {tmp_path} --env-id Choice-v0 --num-envs 6 --eval-episodes 4 --num-steps 53 --num-minibatches 6 --learning-rate 3e-3 --no-anneal-lr"
+    flags = f"--runs-dir {tmp_path} --env-id Choice-v0 --num-envs 6 --num-steps 53 --num-minibatches 6 --no-anneal-lr"
+    flags += " --eval-episodes 4 --learning-rate 3e-3"
 
     def run(name: str, workers: int, steps: int) -> dict[str, Any]:
         where = f"{flags} --num-workers {workers} --total-timesteps {steps} --run-name {name}"

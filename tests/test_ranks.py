@@ -230,7 +230,7 @@ def test_a_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
     assert checkpoint(tmp_path / "run")["global_step"] == 600
 
 
-@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("after", [1, 2])  # from two processes to one, and from one to two
 def test_another_number_of_ranks_goes_on(tmp_path: Path, one: Path, two: Path, after: int) -> None:
     """Environments that are no longer there are dropped, new ones begin; the others go on where they were."""
     before, run, size = (two, one)[after - 1], tmp_path / "run", (2, 4)[after - 1]

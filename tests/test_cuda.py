@@ -313,7 +313,8 @@ def start(code: str, *flags: str, **env: str) -> subprocess.Popen:
     """A process of its own, for what is settled once in a process."""
     path = {"PYTHONPATH": os.pathsep.join([str(Path(ppo_vec.__file__).parent), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", f"import sys, torch, ppo_vec; {code}; sys.exit(ppo_vec.main())", *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **path, **env})
+    there = Path(ppo_vec.__file__).parent
+    return subprocess.Popen(command, cwd=there, stderr=subprocess.PIPE, text=True, env={**os.environ, **path, **env})
 
 
 @pytest.mark.cuda

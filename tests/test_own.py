@@ -46,7 +46,7 @@ class Point(gym.Env):
             self.fork = multiprocessing.Process(target=time.sleep, args=(0.01,))
             self.fork.start()
             self.fork.join()
-        if kind == "slow to make":
+        if kind == "late":
             time.sleep(60)
         if kind == "exits":
             os._exit(3)
@@ -79,6 +79,7 @@ class Point(gym.Env):
 
     def step(self, action):
         self.t += 1
+        time.sleep(0.05 * ("slow" in self.kind.split()))
         self.x = self.x + 0.1 * action.sum()
         reward, done, x = -float(abs(self.x[0])), self.t >= 15, np.clip(self.x, -10, 10)
         if "fails" in self.kind and self.t == 7:
@@ -166,7 +167,8 @@ def test_environments_are_closed_when_one_fails(tmp_path: Path, capfd: pytest.Ca
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_environments_are_closed_when_the_run_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, ppo_vec.__file__, *flags(tmp_path, "owns", "--total-timesteps 1000000")]
+    """In the middle of a rollout of two seconds."""
+    command = [sys.executable, ppo_vec.__file__, *flags(tmp_path, "owns slow", "--total-timesteps 1000000")]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         end = time.monotonic() + 60
         while len(list((tmp_path / "owned").iterdir())) < 5:
@@ -262,7 +264,7 @@ def test_an_environment_that_takes_too_long_to_make(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(ppo_vec, "STARTING", 1.0)
-    assert ppo_vec.main(flags(tmp_path, "slow to make", "--worker-timeout 1")) == 2
+    assert ppo_vec.main(flags(tmp_path, "late", "--worker-timeout 1")) == 2
     assert "took over 1 s for its first steps (--worker-timeout)" in capfd.readouterr().err
 
 

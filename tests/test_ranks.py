@@ -38,7 +38,13 @@ def start(ranks: int, *flags: str, code: str | None = None, before: list[list[st
         env |= {"MASTER_ADDR": "10.77.0.1" if before else "127.0.0.1", "PYTHONPATH": PATH}
         command = [sys.executable, *(["-c", code] if code else [ppo_vec.__file__]), *" ".join(flags).split()]
         env = {**os.environ, **{name: str(value) for name, value in env.items()}}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        pipes: dict[str, Any] = {
+            "cwd": Path(ppo_vec.__file__).parent,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "start_new_session": True,
+        }
         processes.append(subprocess.Popen([*(before[rank] if before else []), *command], env=env, **pipes))
     return processes
 

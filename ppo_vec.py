@@ -2587,7 +2587,8 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
     received: list[int] = []
 
     def end(number: int) -> None:
-        os.write(2, f"\nstopped by {signal.Signals(number).name}; continue with: --resume {folder}\n".encode())
+        if rank() == 0:
+            os.write(2, f"\nstopped by {signal.Signals(number).name}; continue with: --resume {folder}\n".encode())
         os._exit(128 + number)  # the workers notice, and close their environments
 
     def handle(number: int, _: Any) -> None:

@@ -805,24 +805,26 @@ def inspect_env(args: Options) -> Task:
     """Makes the environment, looks at its spaces, takes a few steps. Raises UserError."""
     extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
-    with refuse(what):  # unknown, a missing dependency, no display, or whatever the environment raises
-        with warnings.catch_warnings(action="ignore"):  # of an outdated version: the error says it, too
-            env = make_env(args, published=True, render_mode="rgb_array" if args.capture_video else None)
-        if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
-            raise ValueError("it has no render mode rgb_array")
-        obs, actions, spec = env.observation_space, env.action_space, env.spec
+    with refuse(what), warnings.catch_warnings(action="ignore"):  # of an outdated version: the error says it, too
+        env = make_env(args, published=True, render_mode="rgb_array" if args.capture_video else None)
+        obs, actions, spec = env.observation_space, env.action_space, env.spec  # a wrapper may have made no environment
     discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
-    if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
-        kinds = f"{space_name(obs)} observations and {space_name(actions)} actions"
-        raise UserError(f"{what} has {kinds}; supported are Box, and Discrete actions or Box ones with finite bounds")
-    if discrete and (args.min_std or args.state_dependent_std):
-        raise UserError(f"--min-std and --state-dependent-std are for Box actions; those of {what} are discrete")
-    if args.practice and (args.env_id not in WALKERS or args.wrappers):
-        raise UserError(f"--practice needs one of {', '.join(WALKERS)}, without --wrappers")
-    with refuse(what), closing(env):
-        take_steps(env)
-        if args.capture_video:
-            render_frame(env)
+    with closing(env):
+        if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
+            kinds = f"{space_name(obs)} observations and {space_name(actions)} actions"
+            raise UserError(
+                f"{what} has {kinds}; supported are Box, and Discrete actions or Box ones with finite bounds"
+            )
+        if discrete and (args.min_std or args.state_dependent_std):
+            raise UserError(f"--min-std and --state-dependent-std are for Box actions; those of {what} are discrete")
+        if args.practice and (args.env_id not in WALKERS or args.wrappers):
+            raise UserError(f"--practice needs one of {', '.join(WALKERS)}, without --wrappers")
+        with refuse(what):  # a missing display, or whatever the environment raises
+            if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
+                raise ValueError("it has no render mode rgb_array")
+            take_steps(env)
+            if args.capture_video:
+                render_frame(env)
     limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
     bounds = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
     return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, *bounds, limit, goal)

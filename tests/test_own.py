@@ -39,6 +39,8 @@ class Point(gym.Env):
 
     def __init__(self, kind="", folder="", render_mode=None):
         self.kind, self.folder, self.render_mode = kind, folder, render_mode
+        if "unbounded" in kind:
+            self.action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
         if "owns" in kind:
             self.child = subprocess.Popen(["sleep", "86399"])
             open(f"{folder}/{self.child.pid}", "w").close()
@@ -152,6 +154,11 @@ def test_environments_are_closed_at_a_normal_end(tmp_path: Path) -> None:
     check_closed(tmp_path, 1 + 4 + 2)  # rehearsal, training, evaluation
     assert ppo_vec.main(["--evaluate", str(tmp_path / "runs" / "run"), "--env-id", "own_point:Point-v0"]) == 0
     check_closed(tmp_path, 1 + 4 + 2 + 1 + 2)
+
+
+def test_an_environment_that_is_refused_is_closed(tmp_path: Path) -> None:
+    assert ppo_vec.main(flags(tmp_path, "owns unbounded")) == 2
+    check_closed(tmp_path, 1)
 
 
 def test_environments_are_closed_when_one_fails(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -380,16 +380,15 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
         "returns": returns, "values": rollout.values,
     }  # fmt: skip
     batch = {name: rows.flatten(0, 1).to(state.device) for name, rows in batch.items()}
-    epochs = [torch.randperm(args.batch_size, generator=state.shuffle_rng) for _ in range(args.update_epochs)]
-    shuffles = torch.stack(epochs).view(-1, args.minibatch_size)
-    shuffled = advantages.flatten()[shuffles]
-    pooled = torch.cat(all_ranks(shuffled), dim=1)  # of all processes
-    normalized = (shuffled - pooled.mean(1, keepdim=True)) / (pooled.std(1, keepdim=True) + 1e-8)
-    minibatches = list(zip(shuffles.to(state.device), normalized.to(state.device)))
+    inds = [torch.randperm(args.batch_size, generator=state.shuffle_rng) for _ in range(args.update_epochs)]
+    mb_inds = torch.stack(inds).view(-1, args.minibatch_size)
+    mb_advantages = advantages.flatten()[mb_inds]
+    pooled = torch.cat(all_ranks(mb_advantages), dim=1)  # with torchrun: the minibatches of all processes
+    mb_advantages = (mb_advantages - pooled.mean(1, keepdim=True)) / (pooled.std(1, keepdim=True) + 1e-8)
+    minibatches = list(zip(mb_inds.to(state.device), mb_advantages.to(state.device)))
 
-    actor.found_inf.zero_()
-    actor.param_groups[0]["lr"] = args.learning_rate
-    critic.param_groups[0]["lr"] = args.critic_learning_rate or args.learning_rate
+    actor.begin(args.learning_rate)
+    critic.begin(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
     for sums in state.descend_both(agent, state.optimizers, batch, minibatches, args):
         metrics |= means(sums)
@@ -404,9 +403,8 @@ Minibatches = list[tuple[Tensor, Tensor]]  # indices of rows, and the normalised
 
 
 def descend_both(
-    agent: Agent, optimizers: Sequence[torch.optim.Optimizer], batch: dict[str, Tensor], minibatches: Minibatches,
-    args: Args,
-) -> list[dict[str, Tensor]]:  # fmt: skip
+    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Minibatches, args: Args
+) -> list[dict[str, Tensor]]:
     """`descend` for actor and critic at the same time: they share nothing but the minibatches."""
     actor, critic = optimizers
     with ThreadPoolExecutor(1) as pool:  # the critic in a thread: -23 % update time on two cores
@@ -415,66 +413,33 @@ def descend_both(
 
 
 def descend(
-    agent: Agent, optimizer: torch.optim.Optimizer, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    agent: Agent, optimizer: FlatAdam, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     batch: dict[str, Tensor], minibatches: Minibatches, args: Args,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Steps an optimizer's parameters down the loss of each minibatch.
-
-    Returns the number of steps taken, and the sums over them of each metric.
-    """
-    (flat,) = optimizer.param_groups[0]["params"]  # all parameters in one tensor, see make_optimizers
-    sums = torch.zeros((), device=flat.device)
-    for rows, advantages in minibatches:
-        mb = {name: tensor[rows] for name, tensor in batch.items()} | {"advantages": advantages}
+    """Takes a step down the loss of each minibatch. Returns the number of steps, and the sum of each metric."""
+    sums = torch.zeros((), device=optimizer.flat.device)
+    for inds, advantages in minibatches:
+        mb = {name: rows[inds] for name, rows in batch.items()} | {"advantages": advantages}
         loss, metrics = loss_of(agent, mb, args)
-        parts = [g.flatten() for g in torch.autograd.grad(loss, optimizer.views_of_flat)]
-        # With several processes: the mean of their gradients and metrics, in one message.
-        pooled = mean_of_ranks(torch.cat([*parts, torch.stack(list(metrics.values()))]), optimizer.ranks)
-        gradient, metrics = pooled[: len(flat)], dict(zip(metrics, pooled[len(flat) :]))
-        metrics[f"{loss_of.__name__}_grad_norm"] = norm = gradient.norm()
+        limited = args.target_kl is not None and "approx_kl" in metrics
+        if limited:  # before the step, so that none is taken on a policy that has gone too far already (SB3)
+            optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
+        metrics[f"{loss_of.__name__}_grad_norm"] = norm = optimizer.minimize(loss, args.max_grad_norm)
         row = torch.stack([torch.ones_like(norm), *metrics.values()])
-        if args.target_kl is not None and "approx_kl" in metrics:
-            # Before the step, so that no step is taken on a policy that has gone too far already (SB3). Adam takes no
-            # step while found_inf is 1, so nothing has to wait for a GPU to tell.
-            optimizer.found_inf.masked_fill_(metrics["approx_kl"] > args.target_kl, 1.0)
-            row = row.masked_fill(optimizer.found_inf > 0, 0.0)
-        sums = sums + row
-        if flat.is_cpu and optimizer.found_inf:
+        sums = sums + (row.masked_fill(optimizer.found_inf > 0, 0.0) if limited else row)
+        if optimizer.stopped():
             break
-        flat.grad = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        optimizer.step()
     return dict(zip(("steps", *metrics), sums))
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
     """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
-    steps, *values = torch.stack(list(sums.values())).tolist()
+    steps, *values = mean_of_ranks(torch.stack(list(sums.values()))).tolist()
     metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise TrainingError(f"losses/{name} is {value}")
     return metrics
-
-
-def make_optimizers(agent: Agent) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-    """One Adam for the actor, that is all parameters but the critic's, and one for the critic.
-
-    Each steps one flat tensor that the parameters are views of, instead of many little ones (-15 % update time). So the
-    agent must be on its device already: what replaces a parameter's data later would no longer be trained.
-    """
-
-    def adam(parameters: list[nn.Parameter]) -> torch.optim.Adam:
-        flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-        nn.utils.vector_to_parameters(flat.data, parameters)  # sets each p.data to its view
-        optimizer = torch.optim.Adam([flat], eps=1e-5, fused=True, capturable=flat.is_cuda)  # eps: 37 details, no. 3
-        optimizer.views_of_flat, optimizer.found_inf = parameters, torch.zeros((), device=flat.device)
-        optimizer.ranks = dist.new_group() if world_size() > 1 else None  # each network's messages are its own
-        step, zeros = torch.zeros((), device=flat.device), torch.zeros_like(flat.data)
-        optimizer.state[flat] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}  # so that it can be saved
-        return optimizer
-
-    critic = set(agent.critic.parameters())
-    return adam([p for p in agent.parameters() if p not in critic]), adam(list(agent.critic.parameters()))
 
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
@@ -708,6 +673,54 @@ def average_weights(state: State, args: Options) -> None:
         state.average.update_parameters(state.agent)
     else:
         state.average.n_averaged.zero_()
+
+
+# ---- The optimizer ---------------------------------------------------------------------------------------------------
+
+
+class FlatAdam(torch.optim.Adam):
+    """Adam on one flat tensor that the parameters are views of, instead of many little ones (-15 % update time).
+
+    So the agent must be on its device already: what replaces a parameter's data later would no longer be trained.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        nn.utils.vector_to_parameters(flat.data, parameters)  # sets each p.data to its view
+        super().__init__([flat], eps=1e-5, fused=True, capturable=flat.is_cuda)  # eps: 37 details, no. 3
+        self.flat, self.views = flat, parameters
+        self.found_inf = torch.zeros((), device=flat.device)  # Adam takes no step while it is 1
+        self.group = dist.new_group() if world_size() > 1 else None  # each network's messages are its own
+        step, zeros = torch.zeros((), device=flat.device), torch.zeros_like(flat.data)
+        self.state[flat] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}  # so that it can be saved
+
+    def begin(self, learning_rate: float) -> None:
+        """Begins an update."""
+        self.param_groups[0]["lr"] = learning_rate
+        self.found_inf.zero_()
+
+    def minimize(self, loss: Tensor, max_grad_norm: float) -> Tensor:
+        """A step down the clipped gradient of `loss`, of all ranks' mean. Returns the norm before it was clipped."""
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.views)])
+        gradient = mean_of_ranks(gradient, self.group)
+        norm = gradient.norm()
+        self.flat.grad = gradient * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.step()
+        return norm
+
+    def stop_beyond(self, target_kl: float, kl: Tensor) -> None:
+        """No more steps in this update where `kl`, the mean of all ranks, exceeds the target."""
+        self.found_inf.masked_fill_(mean_of_ranks(kl, self.group) > target_kl, 1.0)
+
+    def stopped(self) -> bool:
+        """On a GPU always false: nothing waits for it, and `found_inf` stops the steps there."""
+        return self.flat.is_cpu and bool(self.found_inf)
+
+
+def make_optimizers(agent: Agent) -> tuple[FlatAdam, FlatAdam]:
+    """One for the actor, that is all parameters but the critic's, and one for the critic."""
+    critic = set(agent.critic.parameters())
+    return FlatAdam([p for p in agent.parameters() if p not in critic]), FlatAdam(list(agent.critic.parameters()))
 
 
 # ---- Environments ----------------------------------------------------------------------------------------------------
@@ -1660,7 +1673,7 @@ def all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def mean_of_ranks(vector: Tensor, group: Any) -> Tensor:
+def mean_of_ranks(vector: Tensor, group: Any = None) -> Tensor:
     if world_size() > 1:
         with refuse(RANK_ENDED, TrainingError):
             dist.all_reduce(vector, group=group)
@@ -1723,7 +1736,7 @@ class CudaGraph:
         self.side, self.works, self.fixed = torch.cuda.Stream(), world_size() == 1, None
 
     def __call__(
-        self, agent: Agent, optimizers: Sequence[torch.optim.Optimizer], batch: dict[str, Tensor],
+        self, agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor],
         minibatches: Minibatches, args: Args,
     ) -> list[dict[str, Tensor]]:  # fmt: skip
         if not self.batch:
@@ -1753,7 +1766,7 @@ class CudaGraph:
             self.record()
         return [dict(zip(names, total)) for names, total in zip(self.names, totals)]
 
-    def one_minibatch(self, agent: Agent, optimizers: Sequence[torch.optim.Optimizer], args: Args) -> None:
+    def one_minibatch(self, agent: Agent, optimizers: Sequence[FlatAdam], args: Args) -> None:
         """Both networks side by side, each on a CUDA stream."""
         (actor, critic), main = optimizers, torch.cuda.current_stream()
         self.side.wait_stream(main)

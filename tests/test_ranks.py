@@ -136,16 +136,15 @@ def one_update(columns):
     with torch.no_grad():
         rollout.logprobs = state.agent.distribution.log_prob_entropy(state.agent.policy(x), rollout.actions)[0] + noise
     found = {}
-    def noting(vector, group):
-        found.setdefault(len(vector), ORIGINAL(vector, group).clone())  # the first of each network
+    def noting(vector, group=None):
+        found.setdefault(vector.numel(), ORIGINAL(vector, group).clone())  # the first of each network
         return vector
     ORIGINAL, ppo_vec.mean_of_ranks = ppo_vec.mean_of_ranks, noting
     metrics = ppo_vec.update(state, rollout, args)
     ppo_vec.mean_of_ranks = ORIGINAL
     norm = state.agent.normalizer
-    gradients = [found[size][: len(o.param_groups[0]["params"][0])] for size, o in zip(sorted(found), sorted(
-        state.optimizers, key=lambda o: len(o.param_groups[0]["params"][0])))]
-    weights = [o.param_groups[0]["params"][0].detach() for o in state.optimizers]
+    gradients = [found[o.flat.numel()] for o in state.optimizers]
+    weights = [o.flat.detach() for o in state.optimizers]
     steps = torch.tensor([float(o.state_dict()["state"][0]["step"]) for o in state.optimizers])
     stats = [norm.mean, norm.var, norm.count, state.return_statistics.mean, state.return_statistics.var]
     return [*gradients, *weights, *stats, steps, torch.tensor(list(metrics.values()))]

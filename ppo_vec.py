@@ -148,7 +148,7 @@ class Normalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) raw -> (..., size) float32 of about zero mean and unit variance, clipped to +-10."""
-        return ((x - self.mean.float()) * (self.var + 1e-8).rsqrt().float()).clamp(-OBS_CLIP, OBS_CLIP)
+        return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-OBS_CLIP, OBS_CLIP).float()
 
     def update(self, rows: Tensor) -> None:
         """Merges the mean and variance of `rows` (n, size) (Chan et al. 1979)."""
@@ -452,8 +452,8 @@ class Rollout:
     On the CPU; what the networks need for all rows is on their device: obs, actions and logprobs.
     """
 
-    obs: Tensor  # (T + 1, N, obs_dim + extra_dim) raw; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw; in done rows the episode's true last observation
+    obs: Tensor  # (T + 1, N, obs_dim + extra_dim) raw, float64; the last row is the observation after the rollout
+    final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw, float64; in done rows the episode's true last observation
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
     rewards: Tensor  # (T, N) raw; `collect` puts in their place those that training uses
     terminated: Tensor  # (T, N) bool
@@ -479,7 +479,8 @@ def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float)
         discounted = sums[t] * running[t]
     state.discounted_return = torch.from_numpy(discounted)
     state.return_statistics.update(torch.from_numpy(sums).view(-1, 1))
-    deviation = (state.return_statistics.var + 1e-8).sqrt()
+    variance = state.return_statistics.var
+    deviation = torch.where(variance > 0, variance, 1.0).sqrt()
     return (rewards / deviation).clamp(-REWARD_CLIP, REWARD_CLIP).float()
 
 
@@ -729,14 +730,14 @@ WALKERS = {"BipedalWalker-v3": False, "BipedalWalkerHardcore-v3": True}  # env i
 LARGE = 5_000  # numbers of an observation that are worth a warning
 FALL = -100.0  # the reward of a fall or crash in Gymnasium's Box2D environments
 
-# Three ranges of episode seeds that never meet. Training seeds are spread over the upper half of 32 bits.
-TEST_SEEDS, SELECTION_SEEDS, TRAINING_SEEDS = 0, 2**30, 2**31
+# Three ranges of episode seeds that never meet, below 2^31: some simulators take a C int.
+TEST_SEEDS, SELECTION_SEEDS, TRAINING_SEEDS = 0, 2**29, 2**30
 
 
 def episode_seed(seed: int, env: int, episode: int) -> int:
     """The reset seed of a training episode. With its actions it is all that it takes to have the episode again."""
     sequence = np.random.SeedSequence(seed, spawn_key=(0, env, episode))
-    return TRAINING_SEEDS | int(sequence.generate_state(1)[0])
+    return TRAINING_SEEDS | int(sequence.generate_state(1)[0]) >> 2
 
 
 @dataclass(frozen=True)
@@ -848,7 +849,7 @@ def take_steps(env: gym.Env) -> None:
 
     def check(what: str, value: Any, shape: tuple[int, ...]) -> None:
         with refuse(f"{what} cannot be numbers", ValueError):
-            array = np.asarray(value, np.float32)
+            array = np.asarray(value, np.float64)
         if array.size != np.prod(shape):  # (1,) for a number, or a flat image, do no harm
             raise ValueError(f"{what} has the shape {array.shape}, not {shape}")
         if not np.isfinite(array).all():
@@ -922,7 +923,7 @@ def seed_everything(env: gym.Env, seed: int) -> None:
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
     if not isinstance(env, Walker):  # which has its own generator only
         seed_everything(env, seed)
-    return np.asarray(env.reset(seed=seed)[0], np.float32).ravel()
+    return np.asarray(env.reset(seed=seed)[0], np.float64).ravel()
 
 
 Steps = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # obs (n, obs_dim), rewards, terminated, truncated (n,)
@@ -939,7 +940,7 @@ def step_envs(envs: Sequence[gym.Env], actions: np.ndarray, beat: Callable[[], N
         steps.append(env.step(row.reshape(space.shape).astype(space.dtype)[()]))  # [()]: a scalar for Discrete
         beat()
     obs, rewards, terminated, truncated, _ = zip(*steps)
-    obs = np.stack([np.asarray(o, np.float32).ravel() for o in obs])
+    obs = np.stack([np.asarray(o, np.float64).ravel() for o in obs])
     numbers = (rewards, np.float32), (terminated, bool), (truncated, bool)
     return obs, *(np.array(values, dtype).reshape(len(envs)) for values, dtype in numbers)  # each may have shape (1,)
 
@@ -964,11 +965,12 @@ class Policy:
         """Takes an agent's state dict."""
         obs_dim = weights["actor.0.weight"].shape[1]
         logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
-        arrays = [weights["normalizer.mean"][:obs_dim], (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt()]
-        arrays += [torch.empty(0) if logstd is None else logstd.exp()]
+        self.obs_mean = weights["normalizer.mean"][:obs_dim].cpu().numpy()
+        self.obs_scale = (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt().cpu().numpy()
+        arrays = [torch.empty(0) if logstd is None else logstd.exp()]
         arrays += [w.t() for name, w in weights.items() if re.fullmatch(r"actor\.\d+\.(weight|bias)", name)]
         arrays = [array.detach().cpu().numpy().astype(np.float32, order="C") for array in arrays]
-        self.obs_mean, self.obs_scale, self.std, *layers = arrays
+        self.std, *layers = arrays
         self.layers = list(zip(layers[0::2], layers[1::2]))
         self.activation, self.low, self.high = activation, low, high
         self.distribution = Categorical if low.dtype.kind == "i" else Distribution  # see Task
@@ -976,7 +978,7 @@ class Policy:
         self.half = ((high.astype(np.float64) - low) / 2).astype(np.float32)
 
     def forward(self, obs: np.ndarray, offset: int = 0) -> np.ndarray:
-        """Raw observations (n, obs_dim) float32 -> the actor's output (n, outputs)."""
+        """Raw observations (n, obs_dim) -> the actor's output (n, outputs)."""
         activation, start, n = ACTIVATIONS[self.activation][1], offset % TILE, len(obs)
         tiles = math.ceil((start + n) / TILE)
         x = np.zeros((tiles, TILE, len(self.obs_mean)), np.float32)  # NumPy multiplies tile by tile
@@ -988,7 +990,7 @@ class Policy:
         return (x @ weight + bias).reshape(tiles * TILE, len(bias))[start : start + n]
 
     def sample(self, obs: np.ndarray, noise: np.ndarray | None = None, offset: int = 0) -> np.ndarray:
-        """Raw observations (n, obs_dim) float32 and noise (n, action_dim) -> actions; without noise, their mean."""
+        """Raw observations (n, obs_dim) and noise (n, action_dim) -> actions; without noise, their mean."""
         return self.distribution.act(self.forward(obs, offset), self.std, noise)
 
     def env_action(self, action: np.ndarray) -> np.ndarray:
@@ -1003,7 +1005,7 @@ class Policy:
 
         An observation may also have the environment's own shape, as (4, 3) for four stacked frames of three numbers.
         """
-        obs, size = np.asarray(obs, np.float32), len(self.obs_mean)
+        obs, size = np.asarray(obs, np.float64), len(self.obs_mean)
         actions = self.env_action(self.sample(obs.reshape(-1, size)))
         return actions[0] if obs.size == size and obs.shape != (1, size) else actions
 
@@ -1042,7 +1044,7 @@ def new_snapshot(num_envs: int, obs_dim: int, memory_size: int) -> dict[str, Any
     return {
         "episode": torch.full((num_envs,), -1),  # the number of the running episode; -1: none has begun
         "actions": [[] for _ in range(num_envs)],  # its actions, in chunks (n, action_dim)
-        "obs": torch.zeros(num_envs, obs_dim),  # the next observation
+        "obs": torch.zeros(num_envs, obs_dim, dtype=torch.float64),  # the next observation
         "returns": torch.zeros(num_envs, dtype=torch.float64),  # of the running episode
         "memory": torch.zeros(num_envs, memory_size, dtype=torch.float64),  # what a subclass of Worker remembers
     }
@@ -1175,7 +1177,7 @@ class Worker(gym.Env):
 
     def play_batch(self, envs: list[gym.Env], seeds: list[int], offset: int) -> Episodes:
         """One whole episode per environment, all at once, with the deterministic policy (`offset`: as in Policy)."""
-        obs = np.zeros((len(envs), self.task.obs_dim), np.float32)
+        obs = np.zeros((len(envs), self.task.obs_dim))
         for i, (env, seed) in enumerate(zip(envs, seeds)):
             obs[i] = reset_env(env, seed)
             self.beat()
@@ -1244,7 +1246,7 @@ class VecEnv(AsyncVectorEnv):
         self.num_workers = min(args.num_workers or usable_cores(), args.num_envs)
         T, N, A, D = args.num_steps, args.num_envs, task.action_dim, task.obs_dim + task.extra_dim
         specs = {
-            "obs": ((T + 1, N, D), np.float32), "final_obs": ((T, N, D), np.float32),
+            "obs": ((T + 1, N, D), np.float64), "final_obs": ((T, N, D), np.float64),  # an offset costs no digits
             "actions": ((T, N, A), np.float32), "noise": ((T, N, A), np.float32), "rewards": ((T, N), np.float32),
             "terminated": ((T, N), np.bool_), "truncated": ((T, N), np.bool_), "restarted": ((N,), np.bool_),
             "episode": ((N,), np.int64), "returns": ((N,), np.float64),  # with memory: of the next snapshot
@@ -1802,8 +1804,11 @@ class CudaGraph:
 
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
 
-FORMAT = f"ppo_vec 3 {Distribution.__name__}"
-READABLE = (FORMAT, *("ppo_vec 2", "ppo_vec 1") * (Distribution is Gaussian))  # of the older ones only the policy
+FORMAT = f"ppo_vec 4 {Distribution.__name__}"
+READABLE = (
+    FORMAT,
+    *("ppo_vec 3 Gaussian", "ppo_vec 2", "ppo_vec 1") * (Distribution is Gaussian),
+)  # of the older ones only the policy
 MAGIC = b"ppo_vec1"  # before the digest that follows the checkpoint's bytes
 MAX_BYTES = 2**31  # of a file that is read
 PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict"  # what a checkpoint's pickle calls
@@ -2089,7 +2094,7 @@ def policy_of(tree: dict[str, Any]) -> Policy:
     """The policy in a checkpoint, whatever version of ppo_vec has written it. Raises UserError."""
     with refuse("the checkpoint holds no policy of ours"):
         policy = Policy(tree["agent"], tree["args"]["activation"], tree["low"].numpy(), tree["high"].numpy())
-        actions = policy.sample(np.zeros((1, len(policy.obs_mean)), np.float32))
+        actions = policy.sample(np.zeros((1, len(policy.obs_mean))))
         if actions.shape != (1, len(policy.low)) or not np.isfinite(policy.env_action(actions)).all():
             raise ValueError("its shapes do not fit, or its weights are not finite")
         return policy

@@ -332,8 +332,22 @@ def reference_scaling(parts: list[tuple[Any, Any, Any]], gamma: float) -> list[n
             last = gamma * last + rewards[t]
             seen.append(last)
             last = np.where(done[t], 0, last)
-        scaled.append(np.clip(rewards / np.sqrt(np.var(seen) + 1e-8), -10, 10))
+        scaled.append(np.clip(rewards / np.sqrt(np.var(seen)), -10, 10))
     return scaled
+
+
+def test_tiny_rewards_are_scaled_as_others_and_rewards_that_are_all_zero_stay_so() -> None:
+    def scaled(factor: float) -> Tensor:
+        state = SimpleNamespace(discounted_return=torch.zeros(3, dtype=torch.float64), return_statistics=Normalizer(1))
+        rewards = factor * torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+        done = torch.zeros(40, 3, dtype=torch.bool)
+        return ppo_vec.scale_rewards(
+            state, rewards, SimpleNamespace(terminated=done, truncated=done, restarted=done[0]), 0.9
+        )
+
+    assert scaled(1.0).std() > 0.1
+    torch.testing.assert_close(scaled(1e-7), scaled(1.0))
+    assert (scaled(0.0) == 0).all()
 
 
 @given(any_seed, st.integers(1, 4), st.sampled_from([0.0, 0.9, 1.0]), st.floats(0, 0.5))

@@ -69,6 +69,8 @@ class Point(gym.Env):
             self.x = np.array([np.random.uniform(), random.random(), torch_number + space_number])
         if self.kind == "no info":
             return self.x
+        if self.kind == "far":
+            return 1.7e9 + self.x, {}
         if self.kind == "short obs":
             return self.x[:2], {}
         if self.kind == "text":
@@ -84,6 +86,8 @@ class Point(gym.Env):
         time.sleep(0.05 * ("slow" in self.kind.split()))
         self.x = self.x + 0.1 * action.sum()
         reward, done, x = -float(abs(self.x[0])), self.t >= 15, np.clip(self.x, -10, 10)
+        if self.kind == "far":
+            x = 1.7e9 + x
         if "fails" in self.kind and self.t == 7:
             raise ArithmeticError("the string is broken")
         if self.kind == "four":
@@ -387,3 +391,15 @@ def test_a_policy_can_be_pickled(tmp_path: Path) -> None:
     policy = ppo_vec.load_policy(tmp_path / "runs" / "run")
     obs = np.ones((5, 3))
     assert np.array_equal(pickle.loads(pickle.dumps(policy))(obs), policy(obs))
+
+
+def test_an_offset_of_the_observations_costs_no_digits(tmp_path: Path) -> None:
+    """Times in seconds since 1970, for example. In float32 they would be 128 apart."""
+    assert ppo_vec.main(flags(tmp_path, "far")) == 0
+    normalizer = {k: v for k, v in tree(tmp_path)["agent"].items() if k.startswith("normalizer.")}
+    assert (normalizer["normalizer.mean"] - 1.7e9).abs().max() < 10
+    assert (normalizer["normalizer.var"] > 1e-4).all()
+    assert (normalizer["normalizer.var"] < 10).all()
+    policy = ppo_vec.load_policy(tmp_path / "runs" / "run")
+    here = normalizer["normalizer.mean"].numpy()
+    assert np.abs(policy(here + 0.1) - policy(here)).max() > 1e-4

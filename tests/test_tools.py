@@ -1,0 +1,145 @@
+"""compare.py on run folders of known numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+import compare
+
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
+
+
+# ---- compare.py ------------------------------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, args: dict[str, Any] | None = None, **summary: Any) -> Path:
+    """A run folder with what compare.py reads: 20 episodes of 10 steps with returns 0 to 19."""
+    folder.mkdir(parents=True)
+    args = {"seed": 0, "run_name": folder.name, "learning_rate": 1e-3, "actor_hidden_sizes": [64, 64], **(args or {})}
+    info = {"args": args, "git_commit": "0123456789" * 4}
+    found = {
+        "env_id": "CartPole-v1", "seed": args["seed"], "global_step": 200, "sps": 100.0, "eval_mean": 1.0,
+        "last_eval_mean": 1.0, "solved_at_step": None, "solved_at_s": None, "finished": True, **summary,
+    }  # fmt: skip
+    rows = [f"{10 * i + 10},{i / 10},{float(i)!r},10,0\n" for i in range(20)]
+    (folder / "args.json").write_text(json.dumps(info))
+    (folder / "summary.json").write_text(json.dumps(found))
+    (folder / "episodes.csv").write_text("global_step,time_s,return,length,env\n" + "".join(rows))
+    return folder
+
+
+def run_compare(*argv: str | Path) -> None:
+    compare.main(tyro.cli(compare.Options, args=[str(word) for word in argv]))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Three seeds of one setting, and an unfinished run of another; a log beside them, as learning.py leaves it."""
+    means, solved, seconds = (10, 20, 30), (100, None, 300), (1.0, None, 3.0)
+    for seed in range(3):
+        make_run(
+            tmp_path / "runs" / f"a-{seed}", {"seed": seed}, eval_mean=means[seed], last_eval_mean=5.0,
+            solved_at_step=solved[seed], solved_at_s=seconds[seed], sps=100.0 + 100 * seed,
+        )  # fmt: skip
+    make_run(tmp_path / "runs" / "b", {"learning_rate": 1e-4, "new": "x|y"}, finished=False, global_step=150)
+    (tmp_path / "runs" / "a-0.log").touch()
+    return tmp_path / "runs"
+
+
+def test_compare_prints_the_numbers_of_the_runs(runs: Path, tmp_path: Path, capsys: Capture) -> None:
+    run_compare(runs / "*", runs / "b", "--out", tmp_path / "all.png")
+    lines = capsys.readouterr().out.splitlines()
+    # Of three runs' means, a resample is the lowest three times with a probability of 1/27, which is more than 2.5 %.
+    assert lines[2:4] == [
+        "| a-0 and 2 more | 3 | 0 1 2 | 200 | 20.0 (10.0 to 30.0) | 5.0 (5.0 to 5.0) | 2 of 3 | 300 | 3 | 200 |",
+        "| b | 1 | 0 | 150 | 0 of 1 finished | 0 of 1 finished | 0 of 1 | - | - | 100 |",
+    ]
+    assert lines[5:9] == [
+        "| argument | a-0 and 2 more | b |", "|---|---|---|",
+        "| learning_rate | 0.001 | 0.0001 |", "| new | absent | x\\|y |",
+    ]  # fmt: skip
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_grouped_by_all_but_their_seed(runs: Path, tmp_path: Path, capsys: Capture) -> None:
+    def first_cells(*flags: str | Path) -> list[str]:
+        run_compare(*flags, "--out", tmp_path / "all.png")
+        table = capsys.readouterr().out.split("\n\n")[0].splitlines()[2:]
+        return [line.split(" | ")[0].removeprefix("| ") for line in table]
+
+    assert first_cells(runs / "a-*", "--no-group") == ["a-0", "a-1", "a-2"]
+    assert first_cells(runs / "*", "--ignore", "learning_rate", "new") == ["a-0 and 3 more"]
+    info = json.loads((runs / "a-1" / "args.json").read_text())
+    (runs / "a-1" / "args.json").write_text(json.dumps({**info, "git_commit": "f" * 40 + "-dirty"}))
+    assert first_cells(runs / "a-*") == ["a-0 and 1 more", "a-1"]  # another commit is another trainer
+    assert first_cells(runs / "a-*", "--ignore", "commit", "--iqm") == ["a-0 and 2 more"]
+
+
+def test_a_curve_is_the_mean_of_a_window_on_a_common_axis(runs: Path) -> None:
+    run = compare.read_run(runs / "a-0", ())
+    assert run.steps.tolist() == [10 * i + 10 for i in range(1, 20)]  # windows of two episodes
+    assert run.returns.tolist() == [i - 0.5 for i in range(1, 20)]
+    with open(runs / "a-0" / "episodes.csv", "a") as file:
+        file.write("210,2.1,2")  # of "20.0": the run goes on
+    assert compare.read_run(runs / "a-0", ()).steps.tolist() == run.steps.tolist()
+
+    table = np.array([[1.0, 8], [2, 7], [3, 6], [100, -100]])
+    assert compare.average(table, iqm=False).tolist() == [26.5, -19.75]
+    assert compare.average(table, iqm=True).tolist() == [2.5, 6.5]
+    low, high = compare.bootstrap(table, iqm=True)
+    assert (low < [2.5, 6.5]).all()
+    assert (high > [2.5, 6.5]).all()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (None, None, ["there is no run folder"]),
+        ("args.json", None, ["leave it out"]),
+        ("summary.json", None, ["first evaluation", "leave the run out"]),
+        ("episodes.csv", None, ["no curve"]),
+        ("args.json", "{", ["leave the run out"]),
+        ("args.json", "{}", ["has no 'git_commit'"]),
+        ("summary.json", "[]", ["leave the run out"]),
+        ("summary.json", '{"global_step": 1}', ["has no 'sps'"]),
+        ("episodes.csv", "global_step,time_s,return,length,env\n", ["no episode has ended yet"]),
+        ("episodes.csv", "global_step,time_s,return,length,env\n1,2,x,3,4\n", ["train it again"]),
+    ],
+)
+def test_a_broken_run_folder_is_one_line(
+    runs: Path, capsys: Capture, file: str | None, content: str | None, words: list[str]
+) -> None:
+    run = runs / ("a-1" if file else "nothing")
+    if file:
+        (run / file).unlink() if content is None else (run / file).write_text(content)
+    with pytest.raises(SystemExit) as error:
+        run_compare(runs / "a-0", run, "--out", runs / "all.png")
+    out, err = capsys.readouterr()
+    assert (error.value.code, out, len(err.splitlines())) == (2, "", 1), err
+    assert err.startswith("compare.py: error: ")
+    for word in (str(run / (file or "")), *words):
+        assert word in err
+    assert not (runs / "all.png").exists()
+
+
+def test_no_code_is_imported_that_a_run_folder_names(tmp_path: Path, monkeypatch: Patch) -> None:
+    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    run_compare(make_run(tmp_path / "run", env_id="stranger:Env-v0"), "--out", tmp_path / "all.png")
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(runs: Path, capsys: Capture) -> None:
+    for name in ("no/folder.png", "picture.xyz"):
+        with pytest.raises(SystemExit, match="2"):
+            run_compare(runs / "a-0", "--out", runs / name)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"compare.py: error: cannot write --out {runs / name}: ")

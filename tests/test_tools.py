@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -292,3 +293,17 @@ def test_a_sweep_keeps_out_of_a_folder_that_is_not_its_own(sweep: ModuleType, tm
         with filelock.FileLock(tmp_path / ("sweep" if "another" in message else "") / "study.lock"):
             assert run_sweep(sweep, tmp_path, "--space", "gamma=0.9:0.95") == 2
         assert message in capsys.readouterr().err
+
+
+# ---- The files of the project ----------------------------------------------------------------------------------------
+
+
+def test_citation_names_the_version() -> None:
+    yaml = pytest.importorskip("yaml", reason="needs PyYAML, which Optuna brings")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["cff-version"], citation["version"]) == ("1.2.0", project["version"])
+    assert {"message", "title", "authors"} <= citation.keys()  # what the format demands
+    assert citation["license"] == project["license"]
+    for name in (".pre-commit-config.yaml", ".github/workflows/test.yml"):
+        assert yaml.safe_load((ROOT / name).read_text())

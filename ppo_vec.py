@@ -45,7 +45,6 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -578,14 +577,13 @@ class Options(Args):
     fall_reward: float | None = None  # the scaled reward of a fall (raw: -100) at the start; default: unchanged
     final_fall_reward: float | None = None  # the same once the goal is near, see scheduled(); default: constant
     action_cost: float = 0.0  # what training takes off the reward per unit of |action| once the goal is half reached
-    practice: float = 0.0  # the share of a walker's training steps that goes back to places shortly before its falls
 
 
 # What beats the defaults, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "practice": 0.3, "num_steps": 128, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995,
-        "gae_lambda": 0.85, "ent_coef": 0.0025, "bounds_loss_coef": 0.01, "fall_reward": -1.0,
+        "num_steps": 128, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85,
+        "ent_coef": 0.0025, "bounds_loss_coef": 0.01, "fall_reward": -1.0,
         "final_fall_reward": -20.0, "action_cost": 0.2, "initial_std": 0.5, "critic_progress": True,
         "anneal_share": 0.2, "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
@@ -598,7 +596,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "activation": "relu",
     },
     "BipedalWalkerHardcore-v3": {
-        "practice": 0.5, "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 2e-4,
+        "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 2e-4,
         "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "initial_std": 0.5,
         "swa_share": 0.2, "min_std": 0.25, "critic_progress": True,
@@ -647,10 +645,9 @@ def note_returns(state: State, rollout: Rollout) -> None:
     What a fall or strength costs follows it: at a high price a policy that cannot walk yet learns to stand still.
     """
     for episode in rollout.episodes:
-        if not episode["practice"]:
-            before = episode["return"] if state.smoothed_return is None else state.smoothed_return
-            state.smoothed_return = 0.98 * before + 0.02 * episode["return"]
-            state.lowest_return = min(state.lowest_return, state.smoothed_return)
+        before = episode["return"] if state.smoothed_return is None else state.smoothed_return
+        state.smoothed_return = 0.98 * before + 0.02 * episode["return"]
+        state.lowest_return = min(state.lowest_return, state.smoothed_return)
     if state.shown is not None and state.smoothed_return is not None:
         way = 0.95 * state.task.goal - state.lowest_return
         state.shown = min(1.0, max(state.shown, (state.smoothed_return - state.lowest_return) / max(way, 1e-9)))
@@ -831,8 +828,6 @@ def inspect_env(args: Options) -> Task:
             )
         if discrete and (args.min_std or args.state_dependent_std):
             raise UserError(f"--min-std and --state-dependent-std are for Box actions; those of {what} are discrete")
-        if args.practice and (args.env_id not in WALKERS or args.wrappers):
-            raise UserError(f"--practice needs one of {', '.join(WALKERS)}, without --wrappers")
         with refuse(what):  # a missing display, or whatever the environment raises
             if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
                 raise ValueError("it has no render mode rgb_array")
@@ -1036,7 +1031,7 @@ def open_shared(shared: dict[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**{k: np.ndarray(shape, dtype, raw) for k, (raw, shape, dtype) in shared.items()})
 
 
-def new_snapshot(num_envs: int, obs_dim: int, memory_size: int) -> dict[str, Any]:
+def new_snapshot(num_envs: int, obs_dim: int) -> dict[str, Any]:
     """Where N environments are between two rollouts: all that it takes to continue them in another process.
 
     A Box2D world cannot be pickled, but an episode is a function of its reset seed and its actions, and is replayed.
@@ -1046,7 +1041,6 @@ def new_snapshot(num_envs: int, obs_dim: int, memory_size: int) -> dict[str, Any
         "actions": [[] for _ in range(num_envs)],  # its actions, in chunks (n, action_dim)
         "obs": torch.zeros(num_envs, obs_dim, dtype=torch.float64),  # the next observation
         "returns": torch.zeros(num_envs, dtype=torch.float64),  # of the running episode
-        "memory": torch.zeros(num_envs, memory_size, dtype=torch.float64),  # what a subclass of Worker remembers
     }
 
 
@@ -1101,12 +1095,11 @@ class Worker(gym.Env):
             for i in done:
                 episodes.append({
                     "t": t, "env": self.number + i, "return": float(self.returns[i]), "length": int(self.lengths[i]),
-                    "practice": bool(self.practising[i]), "fell": bool(terminated[i] and rewards[i] <= FALL),
+                    "fell": bool(terminated[i] and rewards[i] <= FALL),
                 })  # fmt: skip
                 self.obs[i] = self.begin(i, self.episode[i] + 1)
         self.write_rows(data.obs[-1, mine])
-        for name in ("episode", "returns", "memory"):
-            getattr(data, name)[mine] = getattr(self, name)
+        data.episode[mine], data.returns[mine] = self.episode, self.returns
         return episodes
 
     def write_rows(self, rows: np.ndarray) -> None:
@@ -1122,8 +1115,8 @@ class Worker(gym.Env):
         self.returns[some] += result[1]
         return result
 
-    def begin(self, i: int, episode: int, again: bool = False) -> np.ndarray:
-        """Begins the episode of this number in environment i; `again`: one of a snapshot, to be replayed."""
+    def begin(self, i: int, episode: int) -> np.ndarray:
+        """Begins the episode of this number in environment i. Returns its first observation."""
         self.episode[i], self.lengths[i], self.returns[i] = episode, 0, 0.0
         obs = reset_env(self.envs[i], episode_seed(self.args.seed, self.number + i, int(episode)))
         self.beat()
@@ -1132,9 +1125,8 @@ class Worker(gym.Env):
     def restore(self) -> None:
         """Brings every environment to where the last complete rollout left it."""
         saved = {k: v[self.first : self.last] for k, v in self.snapshot.items()}
-        for name in ("episode", "obs", "returns", "memory"):
-            setattr(self, name, saved[name].numpy().copy())
-        self.lengths, self.practising = np.zeros(len(self.obs), int), np.zeros(len(self.obs), bool)
+        self.episode, self.obs, self.returns = (saved[name].numpy().copy() for name in ("episode", "obs", "returns"))
+        self.lengths = np.zeros(len(self.obs), int)
         for i, actions in enumerate(saved["actions"]):
             self.envs.append(make_env(self.args))
             self.beat()
@@ -1142,12 +1134,11 @@ class Worker(gym.Env):
                 self.obs[i] = self.begin(i, 0)
             elif not self.replay(i, itertools.chain.from_iterable(actions), float(saved["returns"][i])):
                 self.data.restarted[self.first + i] = True  # not the same here, as on another machine
-                self.memory[i] = saved["memory"][i].numpy()  # what the replay noted is undone
                 self.obs[i] = self.begin(i, self.episode[i] + 1)
 
     def replay(self, i: int, actions: Iterable[np.ndarray], expected_return: float) -> bool:
         """Takes the running episode of environment i to where it was; false if it comes to another place."""
-        obs, running = self.begin(i, self.episode[i], again=True), True
+        obs, running = self.begin(i, self.episode[i]), True
         for action in actions:
             if running:
                 action = self.policy.env_action(action.numpy()[None])
@@ -1249,8 +1240,8 @@ class VecEnv(AsyncVectorEnv):
             "obs": ((T + 1, N, D), np.float64), "final_obs": ((T, N, D), np.float64),  # an offset costs no digits
             "actions": ((T, N, A), np.float32), "noise": ((T, N, A), np.float32), "rewards": ((T, N), np.float32),
             "terminated": ((T, N), np.bool_), "truncated": ((T, N), np.bool_), "restarted": ((N,), np.bool_),
-            "episode": ((N,), np.int64), "returns": ((N,), np.float64),  # with memory: of the next snapshot
-            "memory": (snapshot["memory"].shape, np.float64), "beats": ((self.num_workers,), np.int64),
+            "episode": ((N,), np.int64), "returns": ((N,), np.float64),  # of the next snapshot
+            "beats": ((self.num_workers,), np.int64),
         }  # fmt: skip
         # Unnamed memory, which no crash can leave behind.
         array = multiprocessing.get_context(START_METHOD).RawArray
@@ -1261,11 +1252,8 @@ class VecEnv(AsyncVectorEnv):
     def start(self) -> None:
         """Starts the workers, and waits for none of them."""
         bounds = np.linspace(0, self.args.num_envs, self.num_workers + 1).astype(int).tolist()
-        worker_class = Practice if self.args.practice else Worker
         common = self.args, self.task, self.shared, self.snapshot
-        workers = [
-            functools.partial(worker_class, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))
-        ]
+        workers = [functools.partial(Worker, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))]
         self.data.beats[...], self.closed = 0, False
         if START_METHOD == "spawn":  # its start would unblock them
             resource_tracker.ensure_running()
@@ -1371,7 +1359,7 @@ class VecEnv(AsyncVectorEnv):
                 chunks.clear()
             chunks.append(torch.tensor(data.actions[ends[-1] + 1 if len(ends) else 0 :, i]))
         self.snapshot["obs"][...] = torch.from_numpy(data.obs[-1, :, : self.task.obs_dim])
-        for name in ("episode", "returns", "memory"):
+        for name in ("episode", "returns"):
             self.snapshot[name][...] = torch.from_numpy(getattr(data, name))
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
         return Rollout(**{name: torch.from_numpy(getattr(data, name)) for name in names}, episodes=episodes)
@@ -1551,99 +1539,6 @@ def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.nda
         hit = entered & ~missed & (lower <= upper)
         fractions[some] = np.minimum(fractions[some], np.where(hit, lower, np.float32(1)).min(2))
     return fractions
-
-
-# Practice. A place is a row of float64 numbers: seed of the course (0: no place), episode length and return there, the
-# length at which practice is cut off, walker_state, observation.
-
-PLACE = 4 + 33 + 24
-PRACTICE_FALLS = 4  # of each environment: the last ones
-PRACTICE_BEFORE = (40, 140)  # steps before a fall: where practice begins
-PRACTICE_BEYOND = 60  # steps after it: where practice ends
-PRACTICE_EVERY = 5  # steps from one place that is kept to the next
-
-
-class Practice(Worker):
-    """A worker that sends its walkers back to where they fell, for a share of their steps (--practice).
-
-    A walker that falls on one course in ten learns nothing about it in most of its steps. So an episode begins shortly
-    before one of its last falls, on that course, in the same place, at the same speed, with the length and the return
-    of then (for --critic-progress), and is cut off shortly after the place of the fall. To PPO it is a truncated
-    episode like others. (To start from states on the way: Salimans & Chen 2018, arXiv:1812.03381.)
-    """
-
-    memory_size = (1 + PRACTICE_FALLS) * PLACE + 2
-
-    def restore(self) -> None:
-        # The last places of a whole course, as long before a fall as it may be.
-        self.recent = [deque(maxlen=PRACTICE_BEFORE[1] // PRACTICE_EVERY) for _ in range(self.first, self.last)]
-        super().restore()
-
-    @property
-    def places(self) -> np.ndarray:
-        """(k, 1 + PRACTICE_FALLS, PLACE): where the running episode began (or 0); shortly before the last falls."""
-        return self.memory[:, :-2].reshape(-1, 1 + PRACTICE_FALLS, PLACE)
-
-    @property
-    def steps(self) -> np.ndarray:
-        """(k, 2) of whole courses and of practice, in episodes that have ended."""
-        return self.memory[:, -2:]
-
-    def begin(self, i: int, episode: int, again: bool = False) -> np.ndarray:
-        self.recent[i].clear()
-        if not again:
-            falls = self.places[i, 1:][self.places[i, 1:, 0] > 0]
-            due = len(falls) and self.steps[i, 1] < self.args.practice * self.steps[i].sum()
-            self.places[i, 0] = falls[episode % len(falls)] if due else 0.0
-        place = self.places[i, 0]
-        self.practising[i] = 0 < place[0] < 2**32 and (np.abs(place[1:]) < 1e4).all()  # a crafted one: Box2D would hang
-        if not self.practising[i]:
-            return super().begin(i, episode)
-        reset_env(self.envs[i], int(place[0]))
-        put_back(self.envs[i], place[4:37])
-        self.beat()
-        self.episode[i], self.lengths[i], self.returns[i] = episode, place[1], place[2]
-        return place[37:]
-
-    def step(self, some: slice, actions: np.ndarray) -> Steps:
-        obs, rewards, terminated, truncated = super().step(some, actions)
-        first, lengths, places = some.start or 0, self.lengths[some], self.places[some]
-        practising = self.practising[some]
-        truncated |= practising & (lengths >= places[:, 0, 3])
-        fell = terminated & (rewards <= FALL)
-        for i in np.flatnonzero(~practising & ~fell & (lengths % PRACTICE_EVERY == 0)) + first:
-            seed = episode_seed(self.args.seed, self.number + i, int(self.episode[i]))
-            state = walker_state(self.envs[i])
-            self.recent[i].append((seed, self.lengths[i], self.returns[i], 0, *state, *obs[i - first]))
-        for i in np.flatnonzero(~practising & fell) + first:
-            before = [place for place in self.recent[i] if self.lengths[i] - place[1] >= PRACTICE_BEFORE[0]]
-            if before:
-                self.places[i, 1:-1] = self.places[i, 2:].copy()
-                self.places[i, -1] = before[self.lengths[i] % len(before)]  # as good as at random
-                self.places[i, -1, 3] = self.lengths[i] + PRACTICE_BEYOND
-        for i in np.flatnonzero(terminated | truncated):
-            self.steps[first + i, int(practising[i])] += lengths[i] - places[i, 0, 1]
-        return obs, rewards, terminated, truncated
-
-
-def walker_state(env: gym.Env) -> list[float]:
-    """What `put_back` needs to continue a walker's episode: 33 numbers."""
-    walker = env.unwrapped
-    state = [walker.prev_shaping, walker.legs[1].ground_contact, walker.legs[3].ground_contact]
-    for body in (walker.hull, *walker.legs):
-        state += [*body.position, body.angle, *body.linearVelocity, body.angularVelocity]
-    return state
-
-
-def put_back(env: gym.Env, state: np.ndarray) -> None:
-    """Puts a walker, just reset to that course, back where it was; but Box2D's solver remembers nothing."""
-    walker = env.unwrapped
-    for body, (x, y, angle, vx, vy, spin) in zip((walker.hull, *walker.legs), state[3:].reshape(5, 6).tolist()):
-        body.transform = (x, y), angle
-        body.linearVelocity, body.angularVelocity = (vx, vy), spin
-    walker.world.Step(0.0, 0, 0)  # no time passes, but the contacts of the reset end, and those of the place begin
-    walker.prev_shaping = float(state[0])
-    walker.legs[1].ground_contact, walker.legs[3].ground_contact = map(bool, state[1:3])
 
 
 # ---- Several processes -----------------------------------------------------------------------------------------------
@@ -1834,7 +1729,7 @@ class State:
         self.discounted_return = torch.zeros(args.num_envs, dtype=torch.float64)
         self.noise_rng = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
         self.shuffle_rng = torch.Generator().manual_seed(int(shuffle.generate_state(1)[0]))
-        self.envs = new_snapshot(args.num_envs, task.obs_dim, Practice.memory_size * bool(args.practice))
+        self.envs = new_snapshot(args.num_envs, task.obs_dim)
         self.global_step = 0
         self.smoothed_return: float | None = None  # these three: note_returns
         self.lowest_return = math.inf
@@ -2364,7 +2259,7 @@ class Log:
         """One iteration: TensorBoard, episodes.csv, progress bar. Every tag is explained in the README."""
         rollout_s, update_s, size = self.seconds["rollout"], self.seconds["update"], self.args.batch_size * world_size()
         state.train_time_s += rollout_s + update_s
-        for e in (whole := [e for e in rollout.episodes if not e["practice"]]):
+        for e in rollout.episodes:
             tags = {"charts/episodic_return": e["return"], "charts/episodic_length": float(e["length"])}
             self.scalars(e["global_step"], tags)
             line = f"{e['global_step']},{state.wall_time():.3f},{e['return']!r},{e['length']},{e['env']}\n"
@@ -2375,9 +2270,8 @@ class Log:
             "time/rollout_s": rollout_s, "time/update_s": update_s, "policy/learning_rate": now.learning_rate,
             **{f"losses/{name}": value for name, value in metrics.items()},
         }  # fmt: skip
-        practised = [e for e in rollout.episodes if e["practice"]]
-        for tag, episodes in (("charts/fall_rate", whole), ("charts/practice_fall_rate", practised)):
-            values |= {tag: float(np.mean([e["fell"] for e in episodes]))} if episodes else {}
+        if rollout.episodes:
+            values["charts/fall_rate"] = float(np.mean([e["fell"] for e in rollout.episodes]))
         self.scalars(state.global_step, values)
         self.flush()
         if state.device.type == "cuda" and state.global_step == self.steps_before + 3 * size:
@@ -2469,7 +2363,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what the
     ("(critic_)?learning_rate|clip_coef|max_grad_norm|target_kl|worker_timeout|initial_std",
         lambda v: 0 < v < math.inf, "be a finite number greater than 0"),
     ("(final_)?gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
-    ("practice|swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
+    ("swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
     ("anneal_share", lambda v: 0 < v <= 1, "lie in (0, 1]"),
     ("ent_coef|\\w+_coef|action_cost|min_std|seed", lambda v: 0 <= v < math.inf, "be a finite number, not negative"),
     ("(final_)?fall_reward", lambda v: -math.inf < v < 0, "be a finite number less than 0"),
@@ -2513,8 +2407,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
     where = first.resume if first.evaluate is None else first.evaluate
     if where is None:
         env_id = next((name for name in TUNED if first.env_id == name.rsplit("-v", 1)[0]), first.env_id)
-        tuned = {k: v for k, v in TUNED.get(env_id, {}).items() if not (k == "practice" and first.wrappers)}
-        args = dataclasses.replace(tyro.cli(Options, args=argv, default=Options(env_id=env_id, **tuned)), env_id=env_id)
+        tuned = Options(env_id=env_id, **TUNED.get(env_id, {}))
+        args = dataclasses.replace(tyro.cli(Options, args=argv, default=tuned), env_id=env_id)
         validate(args)
         return args, None, None
     path, tree = read_checkpoint(where, policy=first.evaluate is not None, runs_dir=first.runs_dir)
@@ -2561,10 +2455,9 @@ def choose_device(args: Args) -> torch.device:
 def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) -> None:
     """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints the result."""
     workers = args.num_workers or usable_cores()
-    few = {"num_envs": max(args.num_envs, workers), "num_workers": workers, "num_steps": 1, "practice": 0.0}
-    args = dataclasses.replace(args, **few)
+    args = dataclasses.replace(args, num_envs=max(args.num_envs, workers), num_workers=workers, num_steps=1)
     seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
-    envs, episodes = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim, 0)), []
+    envs, episodes = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim)), []
     with closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
         for start in range(0, len(seeds), args.num_envs):
             some = seeds[start : start + args.num_envs]

@@ -139,7 +139,7 @@ def iteration(hidden: int, envs: int, steps: int, device: str, repeats: int) -> 
 @contextlib.contextmanager
 def stepping(workers: int, envs: int, steps: int, hidden: tuple[int, ...]) -> Iterator[Callable[[], float]]:
     """Gives a function that takes the reference policy through a rollout: steps a second."""
-    args = make_args(hidden, num_envs=envs, num_steps=steps, num_workers=workers, practice=0.0, critic_progress=False)
+    args = make_args(hidden, num_envs=envs, num_steps=steps, num_workers=workers, critic_progress=False)
     task = dataclasses.replace(TASK, extra_dim=0)
     state = pv.State(args, task, torch.device("cpu"))
     noise = torch.randn(steps, envs, 4, generator=state.noise_rng).numpy()

@@ -47,7 +47,6 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "--initial-std 1 --learning-rate 3.5e-4",
     "sb3-zoo": "",  # benchmarks/sb3_zoo.py: Stable-Baselines3 with the hyperparameters of rl-baselines3-zoo
     # Ablations: the default without one ingredient.
-    "no-practice": "--num-envs 16 --practice 0",
     "no-action-cost": "--num-envs 16 --action-cost 0",
     "natural-price": "--num-envs 16 --fall-reward None --final-fall-reward None",
     "no-critic-progress": "--num-envs 16 --no-critic-progress",
@@ -67,7 +66,7 @@ class Options:
     jobs: int = max(1, ppo_vec.usable_cores())
     """runs at a time; with more than one, each has a core of its own (where the system can do that)"""
     flags: str = ""
-    """more flags of ppo_vec.py; an equals sign is needed: '--flags=--practice 0'"""
+    """more flags of ppo_vec.py; an equals sign is needed: '--flags=--action-cost 0'"""
     name: str | None = None
     """name of the results; default the setting's"""
     out: Path = ROOT / "benchmarks" / "results"

@@ -60,7 +60,7 @@ def line(points: dict[float, float]) -> tuple[float, float]:
 
 
 def make_args(envs: int, steps: int = 128, **changed: Any) -> pv.Options:
-    tuned = {**pv.TUNED[ENV_ID], "practice": 0.0, "learning_rate": 1e-8, "num_envs": envs, "num_steps": steps}
+    tuned = {**pv.TUNED[ENV_ID], "learning_rate": 1e-8, "num_envs": envs, "num_steps": steps}
     return pv.Options(**{**tuned, **changed})
 
 

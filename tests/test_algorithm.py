@@ -844,8 +844,8 @@ def test_collect_and_update_by_hand(state_dependent_std: bool, extra: bool, reco
 def test_what_a_policy_has_shown_by_hand() -> None:
     state = SimpleNamespace(smoothed_return=None, lowest_return=math.inf, shown=0.0, task=SimpleNamespace(goal=300.0))
 
-    def note(*returns: float, practice: bool = False) -> tuple[float, float]:
-        episodes = [{"return": ret, "practice": practice} for ret in returns]
+    def note(*returns: float) -> tuple[float, float]:
+        episodes = [{"return": ret} for ret in returns]
         ppo_vec.note_returns(state, SimpleNamespace(episodes=episodes))
         return state.smoothed_return, state.shown
 
@@ -854,7 +854,6 @@ def test_what_a_policy_has_shown_by_hand() -> None:
         pytest.approx(-92.3),
         pytest.approx(7.7 / 385),
     )  # .98 * -100 + .02 * 285; nearly the goal: 285
-    assert note(285.0, practice=True) == (pytest.approx(-92.3), pytest.approx(7.7 / 385))
     assert note(-200.0, -200.0) == (pytest.approx(-96.5649), pytest.approx(7.7 / 385))  # the best so far
     assert note(*[400.0] * 500)[1] == 1
     state.shown, state.task.goal = None, None

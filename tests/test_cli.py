@@ -151,7 +151,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
             ("gamma final-gamma gae-lambda value-lambda", "-0.1 1.1 nan"),
             ("ent-coef bounds-loss-coef action-cost min-std", "-1 nan inf"),
             ("worker-timeout", "0 -1 nan inf"),
-            ("practice swa-share", "-0.1 1 nan"), ("anneal-share", "0 1.1 nan"),
+            ("swa-share", "-0.1 1 nan"), ("anneal-share", "0 1.1 nan"),
             ("actor-hidden-sizes critic-hidden-sizes", "0 -1"),
             ("run-name", "a/b .. . /absolute"),
             ("env-kwargs", "[1] 3 { " + "[" * 99999),
@@ -172,8 +172,6 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--env-id Pendulum-v1 --final-fall-reward -1", "--final-fall-reward needs"),
     ("--initial-std 0.2 --min-std 0.3", "--min-std"), ("--min-std 0.1 --state-dependent-std", "--min-std"),
     ("--env-id BipedalWalkerHardcore-v3 --initial-std 0.2", "--min-std must not be more than --initial-std"),
-    ("--env-id Pendulum-v1 --practice 0.5", "--practice needs"),
-    ("--wrappers gymnasium.wrappers:FlattenObservation --practice 0.5", "--practice needs"),
     # Environments
     ("--env-id Nope-v0", "Nope"), ("--env-id BipedalWalker-v2", "BipedalWalker-v3"), ("--env-id=", "--env-id"),
     ("--env-id no_such_module:Nope-v0", "no_such_module"), ("--env-id CartPole-v1 --min-std 0.1", "are discrete"),
@@ -243,7 +241,7 @@ def test_walker_without_a_version_is_the_walker() -> None:
     """Gymnasium takes the newest version; it must be replayed as that one, with that one's tuned values."""
     args = ppo_vec.parse_args(["--env-id", "BipedalWalker"])[0]
     assert args == ppo_vec.parse_args([])[0]
-    assert args.practice == 0.3
+    assert args.action_cost == 0.2
     assert isinstance(ppo_vec.make_env(args), ppo_vec.Walker)
 
 
@@ -526,7 +524,7 @@ def test_json_files_that_are_broken(tiny_run: Path, tmp_path: Path) -> None:
 
 TAGS = (
     "charts/episodic_return", "charts/episodic_length", "charts/eval_return", "charts/fall_rate",
-    "charts/practice_fall_rate", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/old_approx_kl",
+    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/old_approx_kl",
     "losses/approx_kl", "losses/clipfrac", "losses/explained_variance", "losses/policy_loss_grad_norm",
     "losses/value_loss_grad_norm", "policy/learning_rate", "time/SPS", "time/SPS_rollout",
     "time/SPS_total", "time/rollout_s", "time/update_s",
@@ -556,13 +554,10 @@ def test_episodes_csv(trained: Path) -> None:
     times = [float(row["time_s"]) for row in rows]
     assert times == sorted(times)
     envs = read(trained / "checkpoint.pt")["envs"]
-    assert envs["memory"][:, -1].sum() > 0, "nobody has practised"
     for env in range(4):
-        whole, practice = envs["memory"][env, -2:].tolist()
         lengths = [int(row["length"]) for row in rows if int(row["env"]) == env]
         assert all(1 <= length <= 1600 for length in lengths)
-        assert sum(lengths) == whole
-        assert whole + practice + sum(map(len, envs["actions"][env])) == 4096 / 4
+        assert sum(lengths) + sum(map(len, envs["actions"][env])) == 4096 / 4
 
 
 def test_best_is_the_best(trained: Path) -> None:

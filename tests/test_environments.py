@@ -1,4 +1,4 @@
-"""The data path: rollouts, replays, workers, practice, evaluation, checkpoints, and what a run delivers."""
+"""The data path: rollouts, replays, workers, evaluation, checkpoints, and what a run delivers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hypothesis import given
 from torch import Tensor
 
 import ppo_vec
-from ppo_vec import TILE, Options, Policy, Practice, State, Task, VecEnv, Worker, decode, encode
+from ppo_vec import TILE, Options, Policy, State, Task, VecEnv, Worker, decode, encode
 
 WALKER, PENDULUM, LANDER, TOY = "BipedalWalker-v3", "Pendulum-v1", "LunarLanderContinuous-v3", "Toy-v0"
 CPU = torch.device("cpu")
@@ -181,8 +181,7 @@ def worker_here(args: Options, snapshot: dict[str, Any] | None = None) -> tuple[
     """A worker of all environments in this process."""
     state = State(args, ppo_vec.make_task(args), CPU)
     envs = VecEnv(args, state.task, snapshot or state.envs)
-    kind = Practice if args.practice else Worker
-    return kind(0, 0, args.num_envs, args, envs.task, envs.shared, envs.snapshot), state
+    return Worker(0, 0, args.num_envs, args, envs.task, envs.shared, envs.snapshot), state
 
 
 def call(worker: Worker, name: str, *args: Any) -> Any:
@@ -198,7 +197,7 @@ def call(worker: Worker, name: str, *args: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("env_id", "num_steps", "rollouts"), [(PENDULUM, 70, 6), (PENDULUM, 100, 5), (WALKER, 50, 5), (LANDER, 60, 5)]
+    ("env_id", "num_steps", "rollouts"), [(PENDULUM, 70, 6), (PENDULUM, 100, 5), (WALKER, 60, 5), (LANDER, 60, 5)]
 )
 def test_rollouts_equal_published_environments_stepped_by_hand(env_id: str, num_steps: int, rollouts: int) -> None:
     """With the episode's length and return behind the observation, and the snapshot at the end."""
@@ -224,7 +223,7 @@ def test_rollouts_equal_published_environments_stepped_by_hand(env_id: str, num_
             if terminated or truncated:
                 assert_same(got["final_obs"], np.array([*obs, length, total], np.float64), f"{i}, {row}")
                 expected.append({
-                    "env": i, "return": total, "length": length, "practice": False,
+                    "env": i, "return": total, "length": length,
                     "fell": bool(terminated and reward <= -100), "global_step": 3 * (row + 1),
                 })  # fmt: skip
                 env, obs, episode, length, total = begin(i, episode + 1)
@@ -325,16 +324,15 @@ def test_results_depend_on_the_seed_and_not_on_the_workers(tmp_path: Path, monke
         collected.clear()
         folder, tree = run_train(
             tmp_path, seed=seed, num_envs=10, num_workers=num_workers, num_steps=48, total_timesteps=1500,
-            learning_rate=3e-3, actor_hidden_sizes=(64, 64), eval_episodes=3, practice=0.5, swa_share=0.5,
+            learning_rate=3e-3, actor_hidden_sizes=(64, 64), eval_episodes=3, swa_share=0.5,
         )  # fmt: skip
         return plain(tree), rows_of(folder / "episodes.csv"), rows_of(folder / "evaluation.csv")
 
     monkeypatch.setattr(ppo_vec, "collect", spy)
     first = run(1, 1)
     tree, rows, _ = first
-    whole = [e for e in collected if not e["practice"]]
-    assert 5 < len(whole) < len(collected) - 3
-    assert [{k: str(e[k]) for k in ("global_step", "return", "length", "env")} for e in whole] == rows
+    assert len(collected) > 5
+    assert [{k: str(e[k]) for k in ("global_step", "return", "length", "env")} for e in collected] == rows
     assert (tree["global_step"], len(tree["evaluations"])) == (4 * 480, 2)
     assert tree["average"]["n_averaged"] == 3  # after 960, 1440 and 1920 steps
     for num_workers in (2, 3):
@@ -468,177 +466,6 @@ def test_streams_of_random_numbers_do_not_repeat() -> None:
     assert len(streams) == 3 * 20
 
 
-# ---- Practice --------------------------------------------------------------------------------------------------------
-
-PRACTICE = {
-    "seed": 3, "num_envs": 3, "num_workers": 2, "num_steps": 120, "practice": 0.5, "initial_std": 2.0,
-    "critic_progress": True,
-}  # fmt: skip
-
-
-def practise(
-    rollouts: int, break_at: int = 0, **changed: Any
-) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], State]:
-    """Rollouts of a policy of large actions; at one, all is saved and loaded by others."""
-    args = make_args(**{**PRACTICE, **changed})
-    with trainer(args) as (state, envs):
-        data, episodes = steps(state, envs, break_at or rollouts)
-    if break_at:
-        with trainer(args, encode(state.state_dict())) as (state, envs):
-            more, others = steps(state, envs, rollouts - break_at)
-        data, episodes = {k: np.concatenate((data[k], more[k])) for k in data}, episodes + others
-    return data, episodes, state
-
-
-def test_practice_goes_back_to_places_before_falls() -> None:
-    data, episodes, state = practise(20)
-    done, places, earliest, latest = data["terminated"] | data["truncated"], {}, [], []
-    practised, passed, total = {}, 0, np.zeros(2, int)
-    for i in range(3):
-        taken, falls = np.zeros(2, int), []  # steps of courses and practice; rows where courses with falls began
-        for start, end in itertools.pairwise([0, *(1 + np.flatnonzero(done[:, i])), len(done)]):
-            if start == len(done):
-                break
-            length, ret = data["obs"][start, i, 24:].tolist()
-            assert (length > 0) == (bool(falls) and taken[1] < 0.5 * taken.sum())
-            rows = data["obs"][start:end, i]
-            if length == 0:
-                places |= {row[:24].tobytes(): (i, start, row[24:].tolist()) for row in rows}
-            else:  # on a course before, with the length and the return that it had there
-                env, course, there = places[rows[0, :24].tobytes()]
-                assert (env, there) == (i, [length, ret])
-                assert course in falls[-4:]
-                fell_after = 1 + int(np.flatnonzero(done[course:, i])[0])
-                assert 40 <= fell_after - length <= 140
-                earliest.append(length - 5 < max(5, fell_after - 140))
-                latest.append(length + 5 > fell_after - 40)
-                cut = len(rows) == fell_after + 60 - length
-                assert len(rows) < fell_after + 60 - length or cut
-            if done[end - 1, i]:
-                practised[3 * end, i] = length > 0
-                if length > 0:
-                    assert data["truncated"][end - 1, i] == cut
-                    passed += cut
-                elif data["rewards"][end - 1, i] == -100 and len(rows) >= 45:
-                    falls.append(start)
-                taken[int(length > 0)] += len(rows)
-        assert state.envs["memory"][i, -2:].tolist() == taken.tolist()
-        total += taken
-    assert {(e["global_step"], e["env"]): e["practice"] for e in episodes} == practised
-    assert 0 < passed < sum(practised.values())  # some passed the place of the fall
-    assert 0.35 < total[1] / total.sum() < 0.6
-    assert len(earliest) > 15
-    assert np.mean(earliest) < 0.5
-    assert np.mean(latest) < 0.5
-
-
-def test_practice_does_not_depend_on_workers_or_interruption() -> None:
-    expected, _, state = practise(6)
-    begun = np.concatenate((expected["obs"][1:], expected["next_obs"][-1:]))[..., 24]
-    assert ((expected["terminated"] | expected["truncated"]) & (begun > 0)).sum() > 2
-    for changed in ({"num_workers": 3}, {"break_at": 3}, {"break_at": 4, "num_workers": 1}):
-        data, _, other = practise(6, **changed)
-        for name in data.keys() - {"restarted"}:
-            assert_same(data[name], expected[name], f"{changed} {name}")
-        assert_same(other.envs, state.envs, str(changed))
-
-
-def falling_walker(monkeypatch: pytest.MonkeyPatch) -> tuple[Practice, Callable[[int], None]]:
-    """A practising worker with a stand-in for its walker, and a function that lets it fall after some steps.
-
-    Each step's observation and return are the number of the step.
-    """
-    worker, _ = worker_here(make_args(num_envs=1, num_workers=1, practice=0.5))
-    monkeypatch.setattr(ppo_vec, "make_env", lambda *_: None)
-    monkeypatch.setattr(ppo_vec, "reset_env", lambda *_: np.zeros(24, np.float32))
-    monkeypatch.setattr(ppo_vec, "walker_state", lambda _: [0.0] * 33)
-    monkeypatch.setattr(ppo_vec, "put_back", lambda *_: None)
-    worker.args = dataclasses.replace(worker.args, practice=0.0)  # none is due
-    call(worker, "restore")
-
-    def fall_after(length: int) -> None:
-        for k in range(1, length + 1):
-            fell = k == length
-            step = (
-                np.full((1, 24), k, np.float32),
-                np.float32([-100 if fell else 1]),
-                np.array([fell]),
-                np.zeros(1, bool),
-            )
-            monkeypatch.setattr(ppo_vec, "step_envs", lambda *_, step=step: step)
-            worker.step(slice(None), np.zeros((1, 4)))
-        worker.begin(0, worker.episode[0] + 1)
-
-    return worker, fall_after
-
-
-def test_which_falls_are_practised_and_from_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, fall_after = falling_walker(monkeypatch)
-    for length in (44, 45, 100, 200, 300, 250):
-        fall_after(length)
-    seeds = [ppo_vec.episode_seed(1, 0, episode) for episode in (2, 3, 4, 5)]
-    places = worker.places[0, 1:]
-    assert places[:, 0].tolist() == seeds
-    assert places[:, 3].tolist() == [160, 260, 360, 310]  # where practice is cut off
-    for place in places:
-        assert 40 <= place[3] - 60 - place[1] <= 140
-        assert place[1] == place[2] == place[37]
-    assert worker.steps.tolist() == [[44 + 45 + 100 + 200 + 300 + 250, 0]]
-    worker.args = dataclasses.replace(worker.args, practice=0.5)
-    chosen = []
-    for episode in range(6, 14):
-        obs = worker.begin(0, episode)
-        chosen.append(worker.places[0, 0, 0])
-        assert worker.practising[0]
-        assert obs.tolist() == [worker.lengths[0]] * 24 == [worker.returns[0]] * 24
-    assert chosen[:4] == chosen[4:]
-    assert set(chosen) == set(seeds)
-    worker.steps[0, 1] = worker.steps[0, 0]
-    worker.begin(0, 14)
-    assert (worker.practising[0], worker.lengths[0], worker.returns[0]) == (False, 0, 0)
-
-    distances = []  # from where practice begins to the fall; they vary
-    for length in range(180, 260):
-        fall_after(length)
-        distances.append(length - worker.places[0, -1, 1])
-        worker.memory[:, -1] = 10**6
-    assert 40 <= min(distances) < 60
-    assert 120 < max(distances) <= 140
-    assert 80 < np.mean(distances) < 100
-
-
-def test_a_replay_that_fails_leaves_no_trace_in_practice() -> None:
-    _, _, state = practise(6)
-    before, rng = copy.deepcopy(state.envs), np.random.default_rng(0)
-    memory = before["memory"].numpy()
-    assert memory[:, -2].min() > 0
-    actions = [[torch.from_numpy(rng.normal(scale=2, size=(500, 4)).astype(np.float32))] for _ in range(3)]  # it falls
-    worker, _ = worker_here(make_args(**{**PRACTICE, "num_workers": 1}), {**state.envs, "actions": actions})
-    call(worker, "restore")
-    assert worker.data.restarted.all()
-    assert_same(worker.memory[:, ppo_vec.PLACE :], memory[:, ppo_vec.PLACE :])
-    assert worker.episode.tolist() == (before["episode"] + 1).tolist()
-    for i, place in enumerate(worker.places[:, 0]):
-        assert not place.any() or (place == worker.places[i, 1:]).all(1).any()
-
-
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [(0, -1), (0, 2**32), (0, math.nan), (1, 1e5), (2, math.inf), (2, 1e300), (4, math.nan), (30, -1e6), (60, -1e4)],
-)
-def test_places_that_no_walker_can_be_put_to_are_not_practised(
-    monkeypatch: pytest.MonkeyPatch, column: int, value: float
-) -> None:
-    worker, fall_after = falling_walker(monkeypatch)
-    fall_after(100)
-    worker.args = dataclasses.replace(worker.args, practice=0.5)
-    worker.begin(0, 1)
-    assert (worker.practising[0], worker.lengths[0] > 0) == (True, True)
-    worker.places[0, -1, column] = value
-    worker.begin(0, 2)
-    assert (worker.practising[0], worker.lengths[0]) == (False, 0)
-
-
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -715,7 +542,7 @@ def test_an_endless_episode_ends() -> None:
 
 
 def test_a_state_survives_its_checkpoint_and_goes_on_to_the_bit() -> None:
-    args = make_args(num_envs=5, num_workers=2, num_steps=40, learning_rate=3e-3, practice=0.3)
+    args = make_args(num_envs=5, num_workers=2, num_steps=40, learning_rate=3e-3)
     with trainer(args) as (state, envs):
         for _ in range(3):
             iterate(state, envs)

@@ -425,7 +425,7 @@ def test_lost_worker(
 
 
 def test_lost_worker_of_walkers(reference: faults.Reference, run: Path, monkeypatch: Patch) -> None:
-    """Their episodes, and practice, are replayed in Box2D."""
+    """Their episodes are replayed in Box2D."""
     lose(monkeypatch, "step", signal.SIGKILL, 64 * 12 + 30, run.with_name("once"))
     assert train(run, *faults.SMALL) == 0
     assert_same(run, reference.state)
@@ -622,12 +622,12 @@ def test_broken_checkpoints() -> None:
     "path",
     [
         "optimizers", "evaluations", "evaluations/0", "evaluations/0/mean", "evaluations/0/min", "best",
-        "best/agent/critic.0.bias", "envs/actions", "envs/memory", "solved_at_step", "solved_at_s",
+        "best/agent/critic.0.bias", "envs/actions", "envs/returns", "solved_at_step", "solved_at_s",
     ],
 )  # fmt: skip
 def test_an_entry_of_another_kind_is_refused(path: str) -> None:
     """With a right digest: a file made by hand. An empty list is right where entries are added as a run goes on."""
-    args = ppo_vec.Options(practice=0.5, num_envs=2, actor_hidden_sizes=(4,), critic_hidden_sizes=(4,))
+    args = ppo_vec.Options(num_envs=2, actor_hidden_sizes=(4,), critic_hidden_sizes=(4,))
     state = ppo_vec.State(args, ppo_vec.make_task(args), torch.device("cpu"))
     state.evaluations = [{"global_step": 9, "time_s": 9.0, **ppo_vec.summarize([(1.0, 9, False)], 300)}]
     data = ppo_vec.encode(state.state_dict())

@@ -180,35 +180,6 @@ def test_the_lidar_equals_box2d_anywhere_on_the_terrain(env_id: str) -> None:
     assert hits > 1000
 
 
-@pytest.mark.parametrize("env_id", WALKERS)
-def test_a_walker_that_is_put_back_goes_on_as_it_did(env_id: str) -> None:
-    """For 30 steps, but for what Box2D's solver remembers of the step before."""
-    walk, contacts, differences = Walk(env_id, 2000, FLOAT32, standing=False), set(), []
-    for _ in range(4):
-        walk.begin()
-        states, actions, results = [], [], []
-        for _ in range(150):
-            states.append(ppo_vec.walker_state(walk.env) if actions else None)
-            actions.append(walk.action())
-            results.append(walk.step(actions[-1]))
-            if results[-1][2]:
-                break
-        for start in range(5, len(actions) - 30, 12):
-            walker = make_env(Options(env_id=env_id))
-            walker.reset(seed=walk.seed)
-            ppo_vec.put_back(walker, np.array(states[start]))
-            contacts.add(tuple(states[start][1:3]))
-            assert ppo_vec.walker_state(walker) == states[start]
-            differences.append(part := [])
-            for action, (obs, reward, _, _) in list(zip(actions, results))[start : start + 30]:
-                got = walker.step(action)
-                part.append([*np.abs(got[0] - obs), abs(got[1] - reward)])
-    assert len(contacts) == 4  # in the air, on either leg, on both
-    contact, other = [8, 13], np.delete(np.array(differences), [8, 13], axis=-1).max((1, 2))
-    assert np.median(other) < 0.005  # chaotic where a leg slips
-    assert np.mean(np.array(differences)[..., contact]) < 0.03
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 # ----------------------------------------------------------------------------------------------------------------------

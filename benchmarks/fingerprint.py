@@ -6,11 +6,14 @@
 
 Each training runs twice: undisturbed, and killed once with `kill -9` and resumed. Both must end with the same bits;
 their SHA-256 (of the weights and normalizers, and of the training episodes) is printed.
+
+`parts` has those of a program's text: whether two versions do the same work. benchmarks/throughput.py records it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import shlex
 import shutil
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -49,6 +53,37 @@ def fingerprint(run: Path) -> str:
         step, _, *rest = line.split(",")  # without the time
         episodes.update(",".join((step, *rest)).encode())
     return f"{weights.hexdigest()[:16]} {episodes.hexdigest()[:16]}"
+
+
+def parts(source: str, names: Iterable[str]) -> dict[str, str]:
+    """8 digits of a SHA-256 of each of these functions, classes (or Class.method) and constants, and of all they use.
+
+    Comments, docstrings, messages (f-strings, and strings with a space) and type hints do not count.
+    """
+    tree, defined = ast.parse(source), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg | ast.AnnAssign):
+            node.annotation = ast.Constant("")
+        elif isinstance(node, ast.JoinedStr):
+            node.values = []
+        elif isinstance(node, ast.Constant) and " " in str(node.value):
+            node.value = ""
+    for node in tree.body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        found = [name.id for target in filter(None, targets) for name in ast.walk(target) if isinstance(name, ast.Name)]
+        defined |= dict.fromkeys([node.name] if hasattr(node, "name") else found, node)
+        if isinstance(node, ast.ClassDef):
+            defined |= {f"{node.name}.{method.name}": method for method in node.body if hasattr(method, "name")}
+    todo = list(names)
+    for name in todo:
+        found = [other for other in ast.walk(defined[name]) if isinstance(other, ast.Name)]
+        own = {other.id for other in found if isinstance(other.ctx, ast.Store)}
+        todo += sorted(({other.id for other in found} & defined.keys()) - own - set(todo))
+    return {name: hashlib.sha256(ast.unparse(defined[name]).encode()).hexdigest()[:8] for name in sorted(todo)}
 
 
 def train(program: Path, run: Path, flags: list[str], kill_after: float | None) -> float | None:

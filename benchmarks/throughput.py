@@ -1,34 +1,38 @@
 """How fast the trainer is, beside its peers and beside the limit of the machine. Run it on a quiet machine.
 
-    python benchmarks/throughput.py                   # about 15 minutes; writes benchmarks/results/throughput.*
-    python benchmarks/throughput.py --quick           # under two minutes, prints only
-    python benchmarks/throughput.py --policy runs/X   # the walking policy; default runs/reference/BipedalWalker-v3
+    python benchmarks/throughput.py --seconds 2 --repeats 5  # ten minutes; writes benchmarks/results/throughput.*
+    python benchmarks/throughput.py --command                # also times the README's first command: minutes more
+    python benchmarks/throughput.py --quick                  # under a minute; rough, prints only
 
-Peers: pip install -e ".[bench]". One that is missing says so in its row, and the rest runs.
+Peers: pip install -e ".[bench]". One that is missing says so in its row, and the rest runs. If a row fails, it is
+named, nothing is written, and the exit code is 1.
 
-Every row is set up once, then all take turns: A B C A B C ..., the first turn a warm-up that does not count. So
-whatever slows the machine down meets all rows alike. Ratios are taken turn by turn. If a row fails, the exit code is 1.
+Every row is set up once. Then all take turns, A B C A B C ..., the first turn a warm-up that does not count. So what
+slows the machine down meets all rows alike. Ratios are taken turn by turn.
 
-All rows have the same hyperparameters, those of the environment but for what only ours can do (practice, what the
-critic sees, prices); the last row of the whole training has that, too. A trained policy walks, with its own noise:
-walkers that fall at once are cheaper to step. Rows that only step exclude the policy's time. Where an environment needs
-a step of its own to reset, that is not counted as one, but its time counts (skrl's trainer counts it). Ours steps a
-whole rollout at one message, as its training does; the others take one step at a time. Peers have torch's own number of
-threads, one for each core; ours one, and a Python thread for the critic.
+All trainings have the hyperparameters SAME, which every peer can express; only the row "as shipped" has our tuned ones.
+A trained policy acts, with its noise: walkers that fall at once are cheaper to step. Rows that only step exclude the
+policy's time. A peer's extra step for a reset is not counted as a step, but its time counts (skrl's trainer counts
+both). Ours steps a whole rollout at one message, as its training does; the others take one step at a time. Peers have
+torch's own number of threads; ours what the trainer sets, and a Python thread for the critic.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
-import logging
-import math
 import multiprocessing
+import operator
+import os
+import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,21 +47,27 @@ sys.path.append(str(ROOT))  # last: a changed copy of ppo_vec on PYTHONPATH can 
 import ppo_vec as pv  # before NumPy: it decides on its threads
 
 # isort: split
+import Box2D
+import fingerprint
 import gymnasium as gym
 import numpy as np
+import peers
 import torch
-import torch.nn as nn
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
-ENV_ID = "BipedalWalker-v3"
-PEERS = "envpool", "stable-baselines3", "skrl"
-FOR_ALL = {  # without what only ours can do
-    "practice": 0.0, "critic_progress": False, "action_cost": 0.0, "bounds_loss_coef": 0.0, "fall_reward": None,
-    "final_fall_reward": None,
+ENV_ID, FEW, MANY = "BipedalWalker-v3", 16, 64  # MANY: the larger number of environments
+REFERENCE = ROOT / "runs" / "reference" / ENV_ID  # the policy that acts
+COMMAND = "python ppo_vec.py --num-envs 16 --cuda"  # the README's first
+INSTALL = 'pip install -e ".[bench]"'
+STILL = 1e-8  # the learning rate: all compute as ever, but the policy goes on walking as it does
+# The hyperparameters of all trainings, beside the networks, which are the policy's. What is not here has the plain
+# defaults of `Options`, not the tuned ones: nothing beyond textbook PPO, and no entropy bonus.
+SAME: dict[str, Any] = {
+    "num_envs": FEW, "num_steps": 128, "update_epochs": 10, "num_minibatches": 8, "learning_rate": STILL, "gamma": 0.98,
+    "gae_lambda": 0.85, "clip_coef": 0.2, "max_grad_norm": 0.5,
 }  # fmt: skip
-VALUE_WEIGHT = 0.25  # of the critic's mean squared error, in all trainings
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-STILL = 1e-8  # the learning rate of all trainings: they compute as ever, but the policy goes on walking as it does
+PARTS = "physics (b2World.Step)", "lidars", "rest of a walker's step", "resets", "policy", "copies and loop"
+TIMED = "set_up_torch", "State.__init__", "VecEnv", "collect", "update"  # with all that these use
 now = time.perf_counter
 
 
@@ -69,24 +79,29 @@ class Row:
     name: str
     turns: Iterator[float]
     unit: str = "steps/s"
-    ours: bool = False
+    peer: str = ""  # the module of the trainer or environments that are not ours
+    threads: int = 1  # of torch
     samples: list[float] = field(default_factory=list)
     note: str = ""  # why there are no samples
 
-    def turn(self, warm_up: bool) -> None:
+    def turn(self, warm_up: bool = False) -> None:
         if self.note:
             return
-        torch.use_deterministic_algorithms(self.ours)  # ours is; a peer need not pay for it
-        torch.set_num_threads(1 if self.ours else pv.usable_cores())  # ours has a Python thread for each network
+        torch.use_deterministic_algorithms(not self.peer)  # ours is; a peer need not pay for it
+        torch.set_num_threads(self.threads)
         try:
             value = float(next(self.turns))
-        except ImportError as error:
-            missing = (error.name or "").replace("_", "-") in PEERS
-            self.note = 'not installed: pip install -e ".[bench]"' if missing else f"failed: {pv.one_line(error)}"
         except Exception as error:
-            self.note = f"failed: {type(error).__name__}: {pv.one_line(error)}"
+            if isinstance(error, ModuleNotFoundError) and error.name == self.peer:
+                self.note = f"not installed: {INSTALL}"
+            else:
+                hint = f" (is it the version of {INSTALL}?)" * bool(self.peer)
+                self.note = f"failed: {type(error).__name__}: {pv.one_line(error)}{hint}"
         else:
             self.samples += [] if warm_up else [value]
+
+
+Rows = dict[Any, Row]
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -96,36 +111,33 @@ def spread(samples: list[float]) -> dict[str, float]:
 class Bench:
     """What all rows share: the policy, the arguments and how long one turn lasts."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.seconds, self.task = options.seconds, pv.make_task(pv.Options())
-        self.tree = pv.read_checkpoint(options.policy, policy=True)[1]
+    def __init__(self, seconds: float, quick: bool) -> None:
+        self.seconds, self.tree = seconds, pv.read_checkpoint(REFERENCE, policy=True)[1]
         self.policy, saved = pv.policy_of(self.tree), pv.saved_args(self.tree, policy=True)
-        if saved.env_id not in pv.WALKERS or saved.state_dependent_std:
-            raise pv.UserError("--policy must be a walker's, with one standard deviation for all states")
-        names = "actor_hidden_sizes", "critic_hidden_sizes", "activation"
-        self.tuned = pv.Options(**{**pv.TUNED[ENV_ID], **{name: getattr(saved, name) for name in names}})
-        steps = options.num_steps or (64 if options.quick else self.tuned.num_steps)
-        self.tuned = replace(self.tuned, num_steps=steps, learning_rate=STILL, critic_learning_rate=STILL)
+        networks = {k: getattr(saved, k) for k in ("actor_hidden_sizes", "critic_hidden_sizes", "activation")}
+        own: dict[str, Any] = {"env_id": ENV_ID, **networks, **({"num_steps": 16} if quick else {})}
+        self.same = {**SAME, **own}
+        self.plain = pv.Options(**self.same)
+        self.shipped = pv.Options(**{**pv.TUNED[ENV_ID], **own, "learning_rate": STILL})
+        self.task = pv.make_task(self.plain)
 
-    def args_for(self, num_envs: int, workers: int = 1) -> pv.Options:
-        return replace(self.tuned, **FOR_ALL, num_envs=num_envs, num_workers=workers)
+    def args(self, num_envs: int, workers: int = 1) -> pv.Options:
+        return replace(self.plain, num_envs=num_envs, num_workers=min(workers, num_envs))
 
-    def start(self, args: pv.Options) -> tuple[pv.State, pv.VecEnv]:
+    def start(self, args: pv.Options, task: pv.Task | None = None) -> tuple[pv.State, pv.VecEnv]:
         """A training whose policy walks. Its environments are not started yet, and have to be closed."""
-        task = replace(self.task, extra_dim=2 * args.critic_progress)
-        state = pv.State(args, task, torch.device("cpu"))
-        saved = {name.replace("actor.logstd", "distribution.logstd"): w for name, w in self.tree["agent"].items()}
+        state = pv.State(args, task or self.task, torch.device("cpu"))
         for name, own in state.agent.state_dict().items():
-            if not name.startswith("critic."):  # an observation's first 24 columns
-                flat = saved[name].view(-1)[: own.numel()]
-                own.view(-1)[: len(flat)] = flat
-        return state, pv.VecEnv(args, task, state.envs)
+            if not name.startswith("critic."):  # the statistics may have more columns, for the critic
+                saved = self.tree["agent"][name].view(-1)[: own.numel()]
+                own.view(-1)[: len(saved)] = saved
+        return state, pv.VecEnv(args, state.task, state.envs)
 
-    def worker(self, num_envs: int, first: int, last: int) -> pv.Worker:
-        """Environments [first, last) of num_envs as a worker has them, but in this process."""
-        state, envs = self.start(self.args_for(num_envs))
-        policy = pv.Policy(state.agent.state_dict(), state.args.activation, state.task.low, state.task.high)
-        worker = pv.Worker(0, first, last, envs.args, envs.task, envs.shared, envs.snapshot)
+    def worker(self, args: pv.Options, first: int, last: int) -> pv.Worker:
+        """Environments [first, last) as a worker has them, but in this process."""
+        state, envs = self.start(args)
+        policy = pv.Policy(state.agent.state_dict(), args.activation, state.task.low, state.task.high)
+        worker = pv.Worker(0, first, last, args, envs.task, envs.shared, envs.snapshot)
         if problem := worker.run("restore", policy):
             raise RuntimeError(problem)
         return worker
@@ -156,31 +168,19 @@ def stepping(bench: Bench, obs: np.ndarray, step: Callable) -> Iterator[float]:
         yield steps / spent
 
 
+def stock_step(env: gym.Env, action: np.ndarray) -> np.ndarray:
+    obs, _, terminated, truncated, _ = env.step(action)
+    return env.reset()[0] if terminated or truncated else obs
+
+
 def one_stock(bench: Bench) -> Iterator[float]:
     env = gym.make(ENV_ID, disable_env_checker=True)
-
-    def step(actions: np.ndarray) -> tuple[np.ndarray, int]:
-        obs, _, terminated, truncated, _ = env.step(actions[0])
-        return (env.reset()[0] if terminated or truncated else obs)[None], 1
-
-    yield from stepping(bench, env.reset()[0][None], step)
+    yield from stepping(bench, env.reset()[0][None], lambda actions: (stock_step(env, actions[0])[None], 1))
 
 
-def one_worker(bench: Bench, num_envs: int) -> Iterator[float]:
-    worker = bench.worker(num_envs, 0, num_envs)
-    yield from stepping(bench, worker.obs, lambda actions: step_worker(worker, actions))
-
-
-def step_worker(worker: pv.Worker, actions: np.ndarray) -> tuple[np.ndarray, int]:
-    obs, _, terminated, truncated = worker.step(slice(None), actions)
-    for i in np.flatnonzero(terminated | truncated):
-        obs[i] = worker.begin(i, worker.episode[i] + 1)
-    return obs, len(obs)
-
-
-def vector_env(bench: Bench, make: Callable[[], Any]) -> Iterator[float]:
+def vector_env(bench: Bench, make: Callable[[pv.Options], Any], num_envs: int) -> Iterator[float]:
     """Gymnasium's or EnvPool's: the step after an episode's end is a reset."""
-    with contextlib.closing(make()) as envs:
+    with contextlib.closing(make(bench.args(num_envs))) as envs:
         obs = envs.reset()[0]
         done = np.zeros(len(obs), bool)
 
@@ -194,60 +194,35 @@ def vector_env(bench: Bench, make: Callable[[], Any]) -> Iterator[float]:
         yield from stepping(bench, obs, step)
 
 
-def stock(kind: type, num_envs: int) -> Any:
-    return kind([lambda: gym.make(ENV_ID, disable_env_checker=True)] * num_envs)
+# ---- Ours: rollouts, training; and the limit -------------------------------------------------------------------------
 
 
-def envpool(num_envs: int) -> Any:
-    import envpool
-
-    threads = min(num_envs, pv.usable_cores())
-    return envpool.make(ENV_ID, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=0)
-
-
-# ---- Ours: rollouts, the same rollouts again without the policy, training; and the limit -----------------------------
-
-Record = list[tuple[np.ndarray, np.ndarray]]  # actions and observations of rollouts
-
-
-def rollouts(bench: Bench, args: pv.Options, record: Record) -> Iterator[float]:
-    """VecEnv.rollout alone. What it did in one turn is left in `record`."""
+def rollouts(bench: Bench, args: pv.Options) -> Iterator[tuple[float, float]]:
+    """VecEnv.rollout alone. And stepping only: the same walking to the bit, its actions given as noise on zeros."""
     state, envs = bench.start(args)
-    policy, rng = state.agent.state_dict(), np.random.default_rng(0)
-    with contextlib.closing(envs):
+    bare = pv.State(replace(args, actor_hidden_sizes=()), bench.task, torch.device("cpu"))
+    policy, nothing = state.agent.state_dict(), {k: torch.zeros_like(v) for k, v in bare.agent.state_dict().items()}
+    rng, again = np.random.default_rng(0), pv.VecEnv(args, bench.task, bare.envs)
+    with contextlib.closing(envs), contextlib.closing(again):
         while True:
-            record.clear()
-            spent = 0.0
-            while spent < bench.seconds:
+            steps, with_policy, stepping_only = 0, 0.0, 0.0
+            while with_policy < bench.seconds:
                 noise = rng.standard_normal((args.num_steps, args.num_envs, 4), np.float32)
                 began = now()
-                rollout = envs.rollout(policy, noise, 0)
-                spent += now() - began
-                record.append((rollout.actions.numpy().copy(), rollout.obs.numpy().copy()))
-            yield len(record) * args.batch_size / spent
-
-
-def rollouts_again(bench: Bench, args: pv.Options, record: Record) -> Iterator[float]:
-    """The recorded rollouts, given their actions as noise on zeros: the same walking to the bit, stepping only."""
-    shapes = {"normalizer.mean": (24,), "normalizer.var": (24,), "distribution.logstd": (4,)}
-    shapes |= {"actor.0.weight": (4, 24), "actor.0.bias": (4,)}
-    nothing = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    envs = pv.VecEnv(args, bench.task, bench.start(args)[0].envs)
-    with contextlib.closing(envs):
-        while True:
-            spent = 0.0
-            for actions, obs in record:
+                first = envs.rollout(policy, noise, 0)
+                with_policy += now() - began
                 began = now()
-                rollout = envs.rollout(nothing, actions, 0)
-                spent += now() - began
-                if not np.array_equal(rollout.obs, obs):
+                second = again.rollout(nothing, first.actions.numpy(), 0)
+                stepping_only += now() - began
+                if not torch.equal(first.obs, second.obs):
                     raise RuntimeError("the same actions led elsewhere")
-            yield len(record) * args.batch_size / spent
+                steps += args.batch_size
+            yield steps / with_policy, steps / stepping_only
 
 
-def training(bench: Bench, args: pv.Options, learn: bool) -> Iterator[float]:
+def training(bench: Bench, args: pv.Options, learn: bool = True) -> Iterator[float]:
     """The rollouts of a training, with values, log probabilities and bookkeeping; with `learn` also its updates."""
-    state, envs = bench.start(args)
+    state, envs = bench.start(args, pv.make_task(args))
 
     def iteration() -> int:
         rollout = pv.collect(envs, state, args)
@@ -259,14 +234,25 @@ def training(bench: Bench, args: pv.Options, learn: bool) -> Iterator[float]:
         yield from bench.repeat(iteration)
 
 
+def peer_training(bench: Bench, args: pv.Options, make: Callable, kind: Any) -> Iterator[float]:
+    envs, learn = make(bench.start(args)[0].agent, args, kind)
+
+    def iteration() -> int:
+        learn()
+        return args.batch_size
+
+    with contextlib.closing(envs):
+        yield from bench.repeat(iteration)
+
+
 def independent(bench: Bench, args: pv.Options) -> Iterator[float]:
     """The machine's real limit: processes with a worker's environments each, and the policy, that wait for no other."""
-    context, processes, pipes = multiprocessing.get_context(START_METHOD), [], []
+    context, processes, pipes = multiprocessing.get_context(pv.START_METHOD), [], []
     bounds = np.linspace(0, args.num_envs, args.num_workers + 1).astype(int).tolist()
     try:
         for pair in itertools.pairwise(bounds):
             pipe, end = context.Pipe()
-            processes.append(context.Process(target=step_on, args=(end, bench, args.num_envs, *pair), daemon=True))
+            processes.append(context.Process(target=step_on, args=(end, bench, args, *pair), daemon=True))
             processes[-1].start()
             end.close()  # so that recv() ends if the process does
             pipes.append(pipe)
@@ -279,116 +265,23 @@ def independent(bench: Bench, args: pv.Options) -> Iterator[float]:
             process.kill()
 
 
-def step_on(pipe: Any, bench: Bench, num_envs: int, first: int, last: int) -> None:
+def step_on(pipe: Any, bench: Bench, args: pv.Options, first: int, last: int) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    worker, rng = bench.worker(num_envs, first, last), np.random.default_rng(first)
+    worker, rng = bench.worker(args, first, last), np.random.default_rng(first)
     obs = worker.obs
     while True:
         seconds, steps, began = pipe.recv(), 0, now()
         while now() - began < seconds:
             for noise in rng.standard_normal((32, last - first, 4), np.float32):
                 actions = worker.policy.env_action(worker.policy.sample(obs, noise, first))
-                obs, count = step_worker(worker, actions)
-                steps += count
+                obs, _, terminated, truncated = worker.step(slice(None), actions)
+                for i in np.flatnonzero(terminated | truncated):
+                    obs[i] = worker.begin(i, worker.episode[i] + 1)
+                steps += len(obs)
         pipe.send(steps / (now() - began))
 
 
-# ---- The peers' training ---------------------------------------------------------------------------------------------
-
-
-def linear_layers(*modules: nn.Module) -> list[nn.Linear]:
-    return [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
-
-
-def copy_layers(source: nn.Module, *targets: nn.Module) -> None:
-    """The weights of our network for a peer's: both walk alike."""
-    for ours, theirs in zip(linear_layers(source), linear_layers(*targets), strict=True):
-        theirs.load_state_dict(ours.state_dict())
-
-
-def sb3(bench: Bench, args: pv.Options, parallel: bool) -> Iterator[float]:
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
-
-    agent, make = bench.start(args)[0].agent, [lambda: gym.make(ENV_ID, disable_env_checker=True)] * args.num_envs
-    venv = SubprocVecEnv(make, start_method=START_METHOD) if parallel else DummyVecEnv(make)
-    venv = VecNormalize(venv, gamma=args.gamma)
-    model = PPO(
-        "MlpPolicy", venv, learning_rate=STILL, n_steps=args.num_steps, batch_size=args.minibatch_size,
-        n_epochs=args.update_epochs, gamma=args.gamma, gae_lambda=args.gae_lambda, clip_range=args.clip_coef,
-        normalize_advantage=True, ent_coef=args.ent_coef, vf_coef=VALUE_WEIGHT, device="cpu", seed=0,
-        max_grad_norm=args.max_grad_norm, policy_kwargs={
-            "net_arch": {"pi": list(args.actor_hidden_sizes), "vf": list(args.critic_hidden_sizes)},
-            "activation_fn": pv.ACTIVATIONS[args.activation][0],
-        },
-    )  # fmt: skip
-    policy, moments = model.policy, agent.normalizer
-    copy_layers(agent.actor, policy.mlp_extractor.policy_net, policy.action_net)
-    copy_layers(agent.critic, policy.mlp_extractor.value_net, policy.value_net)
-    policy.log_std.data.copy_(agent.distribution.logstd.data)
-    venv.obs_rms.mean, venv.obs_rms.var, venv.obs_rms.count = moments.mean.numpy(), moments.var.numpy(), 1e6
-
-    def learn() -> int:
-        model.learn(args.batch_size, reset_num_timesteps=False)
-        return args.batch_size
-
-    with contextlib.closing(venv):
-        yield from bench.repeat(learn)
-
-
-def skrl(bench: Bench, args: pv.Options, kind: type) -> Iterator[float]:
-    from skrl.agents.torch.ppo import PPO, PPO_CFG
-    from skrl.envs.wrappers.torch import wrap_env
-    from skrl.memories.torch import RandomMemory
-    from skrl.models.torch import DeterministicMixin, GaussianMixin, Model
-    from skrl.resources.preprocessors.torch import RunningStandardScaler
-    from skrl.trainers.torch import SequentialTrainer
-
-    logging.getLogger("skrl").setLevel(logging.ERROR)
-    agent, env = bench.start(args)[0].agent, wrap_env(stock(kind, args.num_envs), wrapper="gymnasium", verbose=False)
-    spaces = {"observation_space": env.observation_space, "action_space": env.action_space, "device": "cpu"}
-
-    class Net:
-        def __init__(self, source: nn.Sequential, hidden: tuple[int, ...]) -> None:
-            Model.__init__(self, **spaces)
-            super().__init__()  # of the mixin
-            activation, sizes = pv.ACTIVATIONS[args.activation][0], itertools.pairwise((24, *hidden))
-            layers = [(nn.Linear(*size), activation()) for size in sizes]
-            self.net = nn.Sequential(*itertools.chain(*layers), nn.Linear(hidden[-1], source[-1].out_features))
-            copy_layers(source, self.net)
-            logstd = agent.distribution.logstd.data.clone()
-            self.logstd = nn.Parameter(logstd) if source is agent.actor else None
-
-        def compute(self, inputs: dict, role: str) -> tuple[torch.Tensor, dict]:
-            return self.net(inputs["observations"]), {"log_std": self.logstd}
-
-    actor = type("Actor", (Net, GaussianMixin, Model), {})(agent.actor, args.actor_hidden_sizes)
-    critic = type("Critic", (Net, DeterministicMixin, Model), {})(agent.critic, args.critic_hidden_sizes)
-    cfg = PPO_CFG(
-        rollouts=args.num_steps, learning_epochs=args.update_epochs, mini_batches=args.num_minibatches,
-        discount_factor=args.gamma, gae_lambda=args.gae_lambda, learning_rate=STILL, ratio_clip=args.clip_coef,
-        grad_norm_clip=args.max_grad_norm, value_clip=0.0, value_loss_scale=VALUE_WEIGHT,
-        entropy_loss_scale=args.ent_coef,
-        observation_preprocessor=RunningStandardScaler, value_preprocessor=RunningStandardScaler,
-        observation_preprocessor_kwargs={"size": env.observation_space}, value_preprocessor_kwargs={"size": 1},
-    )  # fmt: skip
-    cfg.experiment.write_interval = cfg.experiment.checkpoint_interval = 0
-    memory = RandomMemory(memory_size=args.num_steps, num_envs=args.num_envs, device="cpu")
-    ppo = PPO(models={"policy": actor, "value": critic}, memory=memory, cfg=cfg, **spaces)
-    scaler, moments = ppo._observation_preprocessor, agent.normalizer
-    scaler.running_mean, scaler.running_variance = moments.mean.clone(), moments.var.clone()
-    silent = {"headless": True, "disable_progressbar": True, "close_environment_at_exit": False}
-    trainer = SequentialTrainer(env=env, agents=ppo, cfg={"timesteps": args.num_steps, **silent})
-
-    def train() -> int:
-        trainer.train()
-        return args.batch_size
-
-    with contextlib.closing(env):
-        yield from bench.repeat(train)
-
-
-# ---- The update and its floor; where a rollout's time goes -----------------------------------------------------------
+# ---- The update and its floor; where a step's time goes; the README's first command ----------------------------------
 
 
 def updating(bench: Bench, args: pv.Options) -> Iterator[float]:
@@ -408,7 +301,7 @@ def products_alone(bench: Bench, args: pv.Options) -> Iterator[float]:
     its input."""
     agent, n, calls = bench.start(args)[0].agent, args.minibatch_size, []
     for net in (agent.actor, agent.critic):
-        for m in linear_layers(net):
+        for m in net[::2]:  # the linear ones
             x, weight, y = torch.randn(n, m.in_features), m.weight.detach(), torch.randn(n, m.out_features)
             calls += [(x, weight.T, torch.empty_like(y)), (y.T, x, torch.empty_like(weight))]
             calls += [] if m is net[0] else [(y, weight, torch.empty_like(x))]
@@ -422,135 +315,195 @@ def products_alone(bench: Bench, args: pv.Options) -> Iterator[float]:
     yield from (1000 / rate for rate in bench.repeat(products))
 
 
-def time_split(bench: Bench, args: pv.Options) -> dict[str, dict[str, float]]:
-    """Seconds of a rollout: in a worker's loop (run alone, in this process), and in the main process beside workers."""
-    spent: dict[str, float] = {}
+def parts_of_a_step(bench: Bench, args: pv.Options) -> Iterator[dict[str, float]]:
+    """The µs of each of PARTS in a step of one environment: a worker's rollouts, in this process, with a stopwatch."""
+    worker = bench.worker(args, 0, -(-args.num_envs // args.num_workers))
+    worker.data.noise[...] = np.random.default_rng(0).standard_normal(worker.data.noise.shape)
+    spent, inside = dict.fromkeys(PARTS, 0.0), [0.0]
 
-    def timed(name: str, function: Callable) -> Callable:
+    def timed(part: str, function: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
+            inside.append(0.0)
             began = now()
             result = function(*args, **kwargs)
-            spent[name] = spent.get(name, 0.0) + now() - began
+            took = now() - began
+            spent[part] += took - inside.pop()
+            inside[-1] += took
             return result
 
         return call
 
-    def split(action: Callable[[], Any], rest: str) -> dict[str, float]:
-        action()
-        spent.clear()
-        began, count = now(), 0
-        while now() - began < max(1.0, bench.seconds):
-            action()
-            count += 1
-        spent[rest] = now() - began - sum(spent.values())
-        return {name: seconds / count for name, seconds in spent.items()}
+    places = (Box2D.b2World, "Step"), (pv, "cast_rays"), (pv, "step_envs"), (pv, "reset_env"), (worker.policy, "sample")
+    while True:
+        with contextlib.ExitStack() as stack:
+            for part, (owner, name) in zip(PARTS, places):
+                stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+            spent.update(dict.fromkeys(PARTS, 0.0))
+            steps, began = 0, now()
+            while (total := now() - began) < bench.seconds or not steps:
+                worker.rollout()
+                steps += args.num_steps * len(worker.envs)
+        spent[PARTS[-1]] = total - sum(spent.values())
+        yield {part: 1e6 * seconds / steps for part, seconds in spent.items()}
 
-    worker = bench.worker(args.num_envs, 0, -(-args.num_envs // args.num_workers))
-    worker.data.noise[...] = np.random.default_rng(0).standard_normal(worker.data.noise.shape)
-    with (
-        mock.patch.object(worker.policy, "sample", timed("policy", worker.policy.sample)),
-        mock.patch.object(pv, "step_envs", timed("stepping", pv.step_envs)),
-        mock.patch.object(pv, "reset_env", timed("resetting", pv.reset_env)),
-    ):
-        alone = split(worker.rollout, "copies and loop")
-    state, envs = bench.start(args)
-    with contextlib.closing(envs), mock.patch.object(envs, "call", timed("waiting for workers", envs.call)):
-        main = split(lambda: pv.collect(envs, state, args), "own work, workers idle")
-    return {"a worker": alone, "main process": main}
+
+def first_command(bench: Bench) -> Iterator[tuple[float, float]]:
+    """One stock environment with random actions, before and after the command. And the command, all in: imports,
+    evaluations and files take time, but only the steps of the training count."""
+    env, rng = gym.make(ENV_ID, disable_env_checker=True), np.random.default_rng(0)
+    env.reset(seed=0)
+
+    def random_steps() -> int:
+        for action in rng.uniform(-1, 1, (100, 4)).astype(np.float32):
+            stock_step(env, action)
+        return 100
+
+    rates = bench.repeat(random_steps)
+    while True:
+        stock = list(itertools.islice(rates, 5))
+        with tempfile.TemporaryDirectory() as folder:
+            flags = [*shlex.split(COMMAND)[2:], "--runs-dir", folder, "--run-name", "run"]
+            began = now()
+            done = subprocess.run([sys.executable, pv.__file__, *flags], capture_output=True, text=True)
+            spent = now() - began
+            if done.returncode:
+                raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-200:]}")
+            steps = json.loads((Path(folder) / "run" / "summary.json").read_text())["global_step"]
+        yield statistics.median(stock + list(itertools.islice(rates, 5))), steps / spent
+
+
+# ---- Rows and goals --------------------------------------------------------------------------------------------------
+
+
+def make_rows(bench: Bench, workers: int, threads: int, peer_threads: int) -> Rows:
+    """All rows, by a key. The first row of a group is what the others are compared with."""
+    rows: Rows = {}
+
+    def row(key: Any, group: str, name: str, turns: Iterator[float], peer: str = "", unit: str = "steps/s") -> None:
+        rows.setdefault(key, Row(group, name, turns, unit, peer, peer_threads if peer else threads))
+
+    def stock(kind: type) -> Callable[[pv.Options], Any]:
+        return functools.partial(peers.stock, kind)
+
+    alone, step = "stepping only, one process", "stepping only, all cores"
+    row("stock", alone, "stock environment", one_stock(bench))
+    row("sync", alone, f"SyncVectorEnv, {FEW} envs", vector_env(bench, stock(SyncVectorEnv), FEW))
+    for n in (FEW, MANY):
+        row(("async", n), step, f"AsyncVectorEnv, {n} envs and workers", vector_env(bench, stock(AsyncVectorEnv), n))
+    sizes = (FEW, workers), (MANY, 1), (MANY, 2), (MANY, workers)
+    for n, some in dict.fromkeys((n, min(some, n)) for n, some in sizes):
+        args, title = bench.args(n, some), f"{n} envs, {some} worker{'s' * (some > 1)}"
+        group = f"rollouts with the policy, {title}"
+        row(("limit", n, some), group, "the limit: as many independent processes", independent(bench, args))
+        with_policy, stepping_only = itertools.tee(rollouts(bench, args))
+        row(("rollout", n, some), group, "ours, workers' part alone", (pair[0] for pair in with_policy))
+        row(("collect", n, some), group, "ours, whole", training(bench, args, learn=False))
+        row(("step", n, some), step, f"ours, {title}", (pair[1] for pair in stepping_only))
+    base = bench.args(FEW, workers)
+    small = replace(base, num_minibatches=base.batch_size // 64)
+    for args, note in ((base, ""), (small, ", the default of SB3")):
+        is_small, group = args is small, f"whole training, {FEW} envs, minibatches of {args.minibatch_size}{note}"
+        for kind in ("SubprocVecEnv", "DummyVecEnv"):
+            turns = peer_training(bench, args, peers.sb3, kind)
+            row((kind, is_small), group, f"SB3 PPO, {kind}", turns, "stable_baselines3")
+        for kind in () if is_small else (AsyncVectorEnv, SyncVectorEnv):
+            turns = peer_training(bench, args, peers.skrl, kind)
+            row(("skrl", kind), group, f"skrl PPO, {kind.__name__}", turns, "skrl")
+        row(
+            ("train", is_small),
+            group,
+            f"ours, {args.num_workers} worker{'s' * (args.num_workers > 1)}",
+            training(bench, args),
+        )
+    shipped = replace(bench.shipped, num_workers=base.num_workers)
+    row("shipped", rows["train", False].group, "ours, as shipped (tuned defaults)", training(bench, shipped))
+    group = f"update, {base.batch_size} rows, minibatches of {base.minibatch_size}"
+    row("floor", group, "its bare matrix products, one thread", products_alone(bench, base), unit="ms")
+    rows["floor"].threads = 1
+    row("update", group, "one update", updating(bench, base), unit="ms")
+    group = f"where a worker's time goes, a step of one of {-(-FEW // base.num_workers)} walkers"
+    for part, turns in zip(PARTS, itertools.tee(parts_of_a_step(bench, base), len(PARTS))):
+        row(part, group, part, map(operator.itemgetter(part), turns), unit="µs")
+    for n in (FEW, MANY):  # last: its threads are better not there when others fork
+        row(("envpool", n), step, f"EnvPool, {n} envs", vector_env(bench, peers.envpool, n), "envpool")
+    return rows
+
+
+def make_goals(rows: Rows, workers: int) -> list[dict[str, Any]]:
+    def ratio(above: Any, below: Any) -> list[float]:
+        """Turn by turn; empty where one of them has no figures."""
+        return [a / b for a, b in zip(*(rows[key].samples if key in rows else [] for key in (above, below)))]
+
+    def over_sb3(small: bool) -> list[float]:
+        keys = ("SubprocVecEnv", small), ("DummyVecEnv", small)
+        return ratio(("train", small), max(keys, key=lambda key: spread(rows[key].samples).get("median", 0.0)))
+
+    few, many = (FEW, min(workers, FEW)), (MANY, min(workers, MANY))
+    growth = [ratio((kind, MANY, 2), (kind, MANY, 1)) for kind in ("collect", "limit")]
+    goals = [
+        (f"stepping only, {FEW} envs, over EnvPool", ratio(("step", *few), ("envpool", FEW)), ">=", 1.0),
+        (f"rollouts, {FEW} envs, over AsyncVectorEnv's stepping", ratio(("collect", *few), ("async", FEW)), ">=", 7),
+        (f"rollouts, {FEW} envs, over the machine's limit", ratio(("collect", *few), ("limit", *few)), ">=", 0.9),
+        (f"rollouts, {MANY} envs, over the machine's limit", ratio(("collect", *many), ("limit", *many)), ">=", 0.95),
+        ("the update over its bare matrix products on one thread", ratio("update", "floor"), "<=", 1.2),
+        ("whole training over SB3 PPO on its best vector env", over_sb3(False), ">=", 5),
+        ("the same with minibatches of 64, the default of SB3", over_sb3(True), ">=", 3),
+        ("growth from 1 to 2 workers over that of processes", [a / b for a, b in zip(*growth)], ">=", 0.95),
+        ("time of the README's first command, all in, over that of one stock environment for as many steps",
+            ratio("random", "command"), "<=", 0.75),
+    ]  # fmt: skip
+    report = []
+    for name, samples, sign, goal in goals:
+        figures = spread(samples)
+        met = {">=": operator.ge, "<=": operator.le}[sign](figures["median"], goal) if figures else None
+        report.append({"measure": name, "goal": f"{sign} {goal:g}", **figures, "met": met})
+    return report
+
+
+def table(rows: Rows) -> list[dict[str, Any]]:
+    """The rows in the order of their groups, each with its ratio to the first of its group, turn by turn."""
+    firsts: dict[str, Row] = {}
+    for row in rows.values():
+        firsts.setdefault(row.group, row)
+    result = []
+    for row in sorted(rows.values(), key=lambda row: list(firsts).index(row.group)):
+        ratio = spread([a / b for a, b in zip(row.samples, firsts[row.group].samples)])
+        entry = {name: value for name, value in vars(row).items() if name != "turns"}
+        result.append({**entry, **spread(row.samples), "ratio": ratio})
+    return result
 
 
 # ---- Results ---------------------------------------------------------------------------------------------------------
 
 
-def make_rows(bench: Bench, few: int, many: int) -> dict[Any, Row]:
-    """All rows, by a key. The first row of a group is what the others are compared with."""
-    rows: dict[Any, Row] = {}
-
-    def row(key: Any, group: str, name: str, turns: Iterator[float], ours: bool = False, unit: str = "steps/s") -> None:
-        rows.setdefault(key, Row(group, name, turns, unit, ours))
-
-    alone, step, train = "stepping only, one process", "stepping only, all cores", f"whole training, {few} envs"
-    cores, base = pv.usable_cores(), bench.args_for(few, min(pv.usable_cores(), few))
-    row("stock", alone, "stock environment", one_stock(bench))
-    row("sync", alone, f"SyncVectorEnv, {few} envs", vector_env(bench, lambda: stock(SyncVectorEnv, few)))
-    for n in (max(1, few // 2), few):
-        row(("worker", n), alone, f"ours, a worker of {n} walkers", one_worker(bench, n), True)
-    for n in (few, many):
-        make = lambda n=n: stock(AsyncVectorEnv, n)  # noqa: E731
-        row(("async", n), step, f"AsyncVectorEnv, {n} envs and workers", vector_env(bench, make))
-    sizes = (few, cores), (many, 1), (many, min(2, cores)), (many, cores)
-    for n, workers in dict.fromkeys((n, min(w, n)) for n, w in sizes):
-        args, record, title = bench.args_for(n, workers), [], f"{n} envs, {workers} worker{'s' * (workers > 1)}"
-        group = f"rollouts with the policy, {title}"
-        row(("limit", n, workers), group, "the limit: as many independent processes", independent(bench, args), True)
-        row(("rollout", n, workers), group, "ours, workers' part alone", rollouts(bench, args, record), True)
-        row(("collect", n, workers), group, "ours, whole", training(bench, args, learn=False), True)
-        row(("step", n, workers), step, f"ours, {title}", rollouts_again(bench, args, record), True)
-    row("sb3 subproc", train, "SB3 PPO, SubprocVecEnv", sb3(bench, base, True))
-    row("sb3 dummy", train, "SB3 PPO, DummyVecEnv", sb3(bench, base, False))
-    row("skrl async", train, "skrl PPO, AsyncVectorEnv", skrl(bench, base, AsyncVectorEnv))
-    row("skrl sync", train, "skrl PPO, SyncVectorEnv", skrl(bench, base, SyncVectorEnv))
-    row("train", train, "ours", training(bench, base, learn=True), True)
-    tuned = replace(bench.tuned, num_envs=few, num_workers=base.num_workers)
-    row("train tuned", train, "ours, with all that only ours can do", training(bench, tuned, learn=True), True)
-    small = replace(base, num_minibatches=base.batch_size // math.gcd(base.batch_size, 64))
-    train = f"{train}, minibatches of {small.minibatch_size} (SB3's default)"
-    row("sb3 small", train, "SB3 PPO, DummyVecEnv", sb3(bench, small, False))
-    row("train small", train, "ours", training(bench, small, learn=True), True)
-    row("floor", "update", "its matrix products alone", products_alone(bench, base), True, unit="ms")
-    row("update", "update", "one update", updating(bench, base), True, unit="ms")
-    for n in (few, many):  # last: its threads are better not there when others fork
-        row(("envpool", n), step, f"EnvPool, {n} envs", vector_env(bench, lambda n=n: envpool(n)))
-    return rows
+def work() -> dict[str, str]:
+    """What a record is of. Where today's differs, its figures are of the past."""
+    parts = fingerprint.parts(Path(pv.__file__).read_text(), TIMED)
+    return {**parts, "TUNED": repr(pv.TUNED[ENV_ID]), "SAME": repr(SAME)}
 
 
-def make_goals(rows: dict[Any, Row], few: int, many: int) -> list[dict[str, Any]]:
-    def ratio(above: Any, below: Any) -> list[float]:
-        """Turn by turn; empty where one of them has no figures."""
-        return [a / b for a, b in zip(*(rows[key].samples if key in rows else [] for key in (above, below)))]
-
-    cores = pv.usable_cores()
-    at_few, at_many, half = (few, min(cores, few)), (many, min(cores, many)), max(1, few // 2)
-    faster = max(("sb3 subproc", "sb3 dummy"), key=lambda key: spread(rows[key].samples).get("median", 0.0))
-    growth = [ratio((kind, many, 2), (kind, many, 1)) for kind in ("collect", "limit")]
-    goals = [
-        (f"rollouts over AsyncVectorEnv stepping alone, {few} envs", ratio(("collect", *at_few), ("async", few)), 4),
-        (f"ours over EnvPool, stepping only, {few} envs", ratio(("step", *at_few), ("envpool", few)), 0.8),
-        (f"a worker of {half} walkers over the stock one, one process", ratio(("worker", half), "stock"), 1.8),
-        (f"rollouts over the machine's limit, {few} envs", ratio(("collect", *at_few), ("limit", *at_few)), 0.85),
-        (f"rollouts over the machine's limit, {many} envs", ratio(("collect", *at_many), ("limit", *at_many)), 0.93),
-        ("the update over its floor", ratio("update", "floor"), -2.5),  # negative: at most
-        (f"whole training over {rows[faster].name}", ratio("train", faster), 5),
-        ("the same with minibatches of 64, SB3's default", ratio("train small", "sb3 small"), 5),
-        (f"growth from 1 to 2 workers over that of processes, {many} envs", [a / b for a, b in zip(*growth)], 0.95),
+def summary(report: dict[str, Any]) -> str:
+    """What the README cites: the goals, and of what machine and commit they are."""
+    about = report["about"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    threads = ", ".join(f"{name} {value}" for name, value in about["threads"].items() if value)
+    lines = [
+        f"{about['cpu']}, cores: {about['cores']}, workers: {about['workers']}, threads: {threads}; {versions}; commit "
+        f"{about['git_commit']}; {about['date']}; `{about['command']}`. Medians of {about['repeats']} turns of "
+        f"{about['seconds']:g} s, with least and most.", "",
+        "| ratio, turn by turn | goal | median | min - max | |", "|---|--:|--:|--:|---|",
     ]  # fmt: skip
-    report = []
-    for name, samples, goal in goals:
-        figures = spread(samples)
-        met = (figures["median"] <= -goal if goal < 0 else figures["median"] >= goal) if samples else None
-        report.append({"measure": name, "goal": f"{'<=' if goal < 0 else '>='} {abs(goal):g}", **figures, "met": met})
-    return report
-
-
-def table(rows: dict[Any, Row]) -> list[dict[str, Any]]:
-    """The rows in the order of their groups, each with its ratio to the first of its group, turn by turn."""
-    result, groups = [], list(dict.fromkeys(row.group for row in rows.values()))
-    for row in sorted(rows.values(), key=lambda row: groups.index(row.group)):
-        first = next(r for r in rows.values() if r.group == row.group)
-        ratios = [a / b for a, b in zip(row.samples, first.samples)]
-        entry = {"group": row.group, "name": row.name, "unit": row.unit, "ours": row.ours, "note": row.note}
-        result.append({**entry, **spread(row.samples), "ratio": spread(ratios), "samples": row.samples})
-    return result
+    for goal in report["goals"]:
+        verdict = {None: "not measured", True: "met", False: "**missed**"}[goal["met"]]
+        figures = "{median:.2f} | {min:.2f} - {max:.2f}".format(**goal) if "median" in goal else "- |"
+        lines.append(f"| {goal['measure']} | {goal['goal']} | {figures} | {verdict} |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(report: dict[str, Any]) -> str:
-    about = report["about"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    same = ", ".join(f"{name} {value}" for name, value in report["about"]["args"].items())
     lines = [
-        f"{about['cpu']}, {about['cores']} cores; {versions}; torch threads {about['torch_threads']}; "
-        f"commit {about['git_commit']}; {about['date']}; `{about['command']}`", "",
-        f"Medians of {about['repeats']} turns of {about['seconds']:g} s, with least and most; actions: "
-        f"{about['policy']}, with its noise.", "",
+        f"All trainings but the one as shipped: {same}.", "",
         "| measured | median | min - max | unit | ratio to the group's first |", "|---|--:|--:|---|--:|",
     ]  # fmt: skip
     for group, rows in itertools.groupby(report["rows"], lambda row: row["group"]):
@@ -559,99 +512,96 @@ def markdown(report: dict[str, Any]) -> str:
             if "median" not in row:
                 lines.append(f"| {row['name']} | - | | {row['note']} | |")
                 continue
-            median, least, most = (f"{row[k]:,.{1 if row['unit'] == 'ms' else 0}f}" for k in ("median", "min", "max"))
+            median, least, most = (
+                f"{row[k]:,.{0 if row['unit'] == 'steps/s' else 1}f}" for k in ("median", "min", "max")
+            )
             ratio = f"{row['ratio']['median']:.2f}" if row["ratio"] else ""
             lines.append(f"| {row['name']} | {median} | {least} - {most} | {row['unit']} | {ratio} |")
-    lines += ["", "| ratio, turn by turn | goal | median | min - max | |", "|---|--:|--:|--:|---|"]
-    for goal in report["goals"]:
-        verdict = {None: "not measured", True: "met", False: "**missed**"}[goal["met"]]
-        figures = f"{goal['median']:.2f} | {goal['min']:.2f} - {goal['max']:.2f}" if "median" in goal else "- |"
-        lines.append(f"| {goal['measure']} | {goal['goal']} | {figures} | {verdict} |")
-    lines.append("")
-    for who, parts in report["time_split"].items():
-        shares = (f"{name} {1e3 * s:.1f} ms ({s / sum(parts.values()):.0%})" for name, s in parts.items())
-        lines.append(f"- One rollout, {who}: {', '.join(shares)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([summary(report), *lines, ""])
 
 
-def chart(report: dict[str, Any], path: Path) -> None:
+def picture(rows: Rows, path: Path) -> None:
+    """Where a step's time goes, above the physics as its floor; and an update's, above its matrix products."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in report["rows"] if "median" in row and row["unit"] == "steps/s"]
-    groups = [(group, list(members)) for group, members in itertools.groupby(rows, lambda row: row["group"])]
-    figure = Figure(figsize=(9, 0.6 + 0.3 * len(rows) + 0.5 * len(groups)), layout="constrained")
-    panels = figure.subplots(len(groups), sharex=True, squeeze=False, height_ratios=[len(m) + 1 for _, m in groups])
-    for axes, (group, members) in zip(panels[:, 0], groups):
-        spans = [[r["median"] - r["min"] for r in members], [r["max"] - r["median"] for r in members]]
-        axes.barh(
-            [r["name"] for r in members], [r["median"] for r in members], xerr=spans, ecolor="0.3", capsize=2,
-            color=["C0" if r["ours"] else "0.7" for r in members],
-        )  # fmt: skip
-        for i, row in enumerate(members):
-            axes.annotate(f"  {row['median']:,.0f}", (row["max"], i), va="center", fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(group, loc="left", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    panels[-1, 0].set_xlabel("environment steps per second")
+    floor, update = (spread(rows[key].samples)["median"] for key in ("floor", "update"))
+    products = {"bare matrix products, one thread": floor, "the rest": max(0.0, update - floor)}
+    bars = (rows["update"], products), (rows[PARTS[0]], {part: spread(rows[part].samples)["median"] for part in PARTS})
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, (row, parts) in zip(figure.subplots(2), reversed(bars)):
+        left = 0.0
+        for name, width in parts.items():
+            axes.barh([""], [width], left=left, label=f"{name} {width:.1f}")
+            left += width
+        axes.set_title(f"{row.group}: {left:.1f} {row.unit}", loc="left", fontsize=9)
+        axes.legend(ncols=3, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.25))
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(labelsize=8, length=0)
+        axes.margins(0)
     figure.savefig(path, dpi=120)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="short turns and rollouts; prints only, unless --out")
-    reference = str(ROOT / "runs" / "reference" / ENV_ID)
-    parser.add_argument("--policy", default=reference, help="run folder or checkpoint of a walking policy")
-    parser.add_argument("--seconds", type=float, help="time of one measurement; default 4, quick 0.4")
-    parser.add_argument("--repeats", type=int, help="turns that count; default 7, quick 2")
-    parser.add_argument("--num-steps", type=int, help="length of our rollouts; default as in training, quick 64")
-    parser.add_argument("--envs", type=int, nargs=2, default=(16, 64), help="the two numbers of environments")
+    parser.add_argument(
+        "--quick", action="store_true", help="short rollouts, one short turn; prints only, unless --out"
+    )
+    parser.add_argument("--command", action="store_true", help=f"also time `{COMMAND}`")
+    parser.add_argument("--seconds", type=float, help="time of one turn; default 4, quick 0.05")
+    parser.add_argument("--repeats", type=int, help="turns that count; default 7, quick 1")
+    parser.add_argument("--workers", type=int, default=pv.usable_cores(), help="our workers; default one per core")
     parser.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results, quick none")
     options = parser.parse_args()
-    options.seconds = options.seconds or (0.4 if options.quick else 4.0)
-    options.repeats = options.repeats or (2 if options.quick else 7)
+    options.seconds = options.seconds or (0.05 if options.quick else 4.0)
+    options.repeats = options.repeats or (1 if options.quick else 7)
     out = options.out or (None if options.quick else ROOT / "benchmarks" / "results")
+    if (load := getattr(os, "getloadavg", lambda: [0.0])()[0]) > 0.5:
+        print(f"throughput.py: warning: the machine is busy (load {load:.1f})", file=sys.stderr)
     warnings.filterwarnings("ignore")  # the peers' own
-    few, many = options.envs
+    peer_threads = torch.get_num_threads()
     pv.set_up_torch()
-    try:
-        bench = Bench(options)
-        for num_envs in options.envs:
-            pv.validate(bench.args_for(num_envs))
-    except pv.UserError as error:
-        parser.error(str(error))
+    threads = torch.get_num_threads()
+    bench = Bench(options.seconds, options.quick)
+    about = pv.describe_run(bench.plain)
+    about |= {name: getattr(options, name) for name in ("seconds", "repeats", "workers")} | {"args": bench.same}
+    about |= {"date": time.strftime("%Y-%m-%d %H:%M"), "threads": {"torch": threads, "torch in peers": peer_threads}}
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        about["threads"][name] = os.environ.get(name)
+    for peer in peers.NAMES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            about["versions"][peer] = importlib.metadata.version(peer)
+    report = {"about": about, "work": work()}
 
-    rows = make_rows(bench, few, many)
+    rows = make_rows(bench, options.workers, threads, peer_threads)
     try:
         for turn in range(options.repeats + 1):
             for row in rows.values():
                 row.turn(warm_up=turn == 0)
             print(f"turn {turn} of {options.repeats}{' (warm-up)' * (turn == 0)}", file=sys.stderr, flush=True)
-        split = time_split(bench, bench.args_for(few, min(pv.usable_cores(), few)))
     finally:
         for row in rows.values():
             with contextlib.suppress(Exception):  # of one that has failed
                 row.turns.close()
+    if options.command:
+        group, pairs = "the README's first command", itertools.tee(first_command(bench))
+        rows["random"] = Row(group, "one stock environment, random actions", (pair[0] for pair in pairs[0]))
+        rows["command"] = Row(group, f"`{COMMAND}`, all in", (pair[1] for pair in pairs[1]))
+        rows["random"].turn(), rows["command"].turn()
 
-    about = pv.describe_run(bench.tuned)
-    about |= {"date": time.strftime("%Y-%m-%d %H:%M"), "torch_threads": torch.get_num_threads()}
-    about |= {name: getattr(options, name) for name in ("seconds", "repeats", "policy")}
-    for peer in PEERS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            about["versions"][peer] = importlib.metadata.version(peer)
-    report = {"about": about, "rows": table(rows), "goals": make_goals(rows, few, many), "time_split": split}
-    text = markdown(report)
-    print(text)
+    report |= {"goals": make_goals(rows, options.workers), "rows": table(rows)}
+    print(markdown(report))
+    if missing := sorted({row.peer for row in rows.values() if row.note.startswith("not installed")}):
+        print(f"throughput.py: warning: not measured: {', '.join(missing)}; {INSTALL}", file=sys.stderr)
+    if failed := [row for row in rows.values() if row.note.startswith("failed")]:
+        for row in failed:
+            print(f"throughput.py: error: {row.group}: {row.name}: {row.note}", file=sys.stderr)
+        return 1
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        stem = out / ("throughput-quick" if options.quick else "throughput")
-        stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        stem.with_suffix(".md").write_text(text)
-        chart(report, stem.with_suffix(".png"))
-    failed = [f"{row.group}: {row.name}" for row in rows.values() if row.note.startswith("failed")]
-    for name in failed:
-        print(f"throughput.py: error: a row failed: {name}", file=sys.stderr)
-    return 1 if failed else 0
+        (out / "throughput.json").write_text(json.dumps(report, indent=2) + "\n")
+        (out / "throughput.md").write_text(markdown(report))
+        picture(rows, out / "throughput.png")
+    return 0
 
 
 if __name__ == "__main__":

@@ -511,13 +511,20 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
 # ---- Train -----------------------------------------------------------------------------------------------------------
 
 
-def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None) -> int | None:
-    """Trains, or continues from a saved state; evaluates and saves. Returns the signal that stopped it, if one did."""
+def train(
+    args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None, agent: dict[str, Tensor] | None = None
+) -> int | None:
+    """Trains from new networks, from those of an `agent`, or on from a saved state; evaluates and saves.
+
+    Returns the signal that stopped it, if one did.
+    """
     folder = folder.absolute()  # whatever an environment does to the working directory
     set_up_torch()
     state = State(args, task, torch.device("cpu"))
     if saved:
         state.load_share(saved)
+    elif agent:
+        state.agent.load_state_dict(agent)
     envs = VecEnv(args, task, state.envs)
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
@@ -540,7 +547,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
         save(folder, state, log)
         if not stopped():
             deliver(envs, state, folder, log)
-        plot_learning_curve(folder, state)
+        plot_learning_curve(folder, state, log)
         save(folder, state, log)
     return None if state.finished else stopped()
 
@@ -563,6 +570,7 @@ class Options(Args):
     runs_dir: str = "runs"  # the folder of the run folders
     run_name: str | None = None  # the run folder's name; default {env_id}__ppo_vec__{seed}__{time}
     resume: str | None = None  # continue this run (its folder, or "latest")
+    init_from: str | None = None  # begin a new run with the networks and the normaliser of this one (as --evaluate)
     evaluate: str | None = None  # evaluate this run (its folder, "latest", or a checkpoint) instead of training
     eval_episodes: int = 100  # test episodes, with --evaluate and after training (there also as many to choose)
     eval_max_steps: int = 10_000  # ends an evaluation episode of an environment without a time limit
@@ -1382,6 +1390,9 @@ class VecEnv(AsyncVectorEnv):
 def usable_cores() -> int:
     """Of this process, when torchrun has started several on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # a container's share of the machine; no number: all of it
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, math.ceil(quota / period))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -1958,7 +1969,8 @@ def read_checkpoint(where: str | Path, policy: bool = False, runs_dir: str = "ru
             return path, tree
         except (OSError, ValueError) as error:
             complaints.append(f"{path} {error.strerror if isinstance(error, OSError) else error}")
-    raise UserError("; ".join(complaints) or f"there is no checkpoint at {where}")
+    hint = "; it holds a policy only: --evaluate it, or begin with it: --init-from" * os.path.isfile(path / "best.pt")
+    raise UserError("; ".join(complaints) or f"there is no checkpoint at {where}{hint}")
 
 
 def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
@@ -2090,17 +2102,24 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     what = averaged if state.best is last else f"an earlier policy, of step {state.best['evaluation']['global_step']}"
     say(f"test on unseen episodes of the published environment: {averaged}: {summary_text(last_result)}")
     say(f"delivered: {what}: {summary_text(result)}")
+    falls = float(np.mean([fell for *_, fell in test]))
+    log.scalars(step, {"test/return": result["mean"], "test/fall_rate": falls, "test/last_return": last_result["mean"]})
     rows = [f"{TEST_SEEDS + i},{ret!r},{length},{fell}\n" for i, (ret, length, fell) in enumerate(test)]
     write_file(folder / "evaluation.csv", "".join(("seed,return,length,fell\n", *rows)).encode())
     if args.capture_video:
         policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
-        say(f"video: {record_video(args, policy, folder, TEST_SEEDS)}")
+        path, strip = record_video(args, policy, folder, TEST_SEEDS)
+        log.picture("video", step, strip)
+        say(f"video: {path}")
     state.finished = True
     write_results(envs, state, folder, result, last_result)
 
 
-def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path:
-    """Writes an episode of the policy as an mp4, frame by frame (RecordVideo would keep all). Raises TrainingError."""
+def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tuple[Path, bytes]:
+    """Writes an episode of the policy as an mp4, frame by frame (RecordVideo would keep all). Raises TrainingError.
+
+    Returns also a strip of six of its frames, side by side, as a PNG.
+    """
     import imageio
 
     path = folder / "videos" / f"{re.sub('[/:]', '_', args.env_id)}-seed{seed}.mp4"
@@ -2114,15 +2133,19 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> Path
         fps = env.metadata.get("render_fps", 30)
         # macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
         with closing(env), imageio.get_writer(temporary, fps=fps, macro_block_size=2) as writer:
-            obs = reset_env(env, seed)
-            writer.append_data(render_frame(env))
-            for _ in range(args.eval_max_steps):
-                (obs,), _, terminated, truncated = step_envs([env], policy(obs)[None])
-                writer.append_data(render_frame(env))
-                if terminated[0] or truncated[0]:
+            obs, done, few = reset_env(env, seed), False, []
+            for t in range(args.eval_max_steps + 1):
+                frame = render_frame(env)
+                writer.append_data(frame)
+                if t % 25 == 0:
+                    few.append(frame[::2, ::2])
+                if done:
                     break
+                (obs,), _, (terminated,), (truncated,) = step_envs([env], policy(obs)[None])
+                done = terminated or truncated
         os.replace(temporary, path)
-    return path
+        strip = np.hstack([few[i] for i in np.linspace(0, len(few) - 1, 6).astype(int)])
+        return path, imageio.v3.imwrite("<bytes>", strip, extension=".png")
 
 
 # ---- The run folder: checkpoints, summary, logs, picture -------------------------------------------------------------
@@ -2200,7 +2223,10 @@ class Log:
         if (summary := read_json(folder / "summary.json")).get("finished"):  # a finished run that goes on
             write_file(folder / "summary.json", json.dumps({**summary, "finished": False}, indent=2).encode())
         self.paths = {"events": folder / "events.out.tfevents.0", "episodes": folder / "episodes.csv"}
-        headers = self.record(file_version="brain.Event:2"), b"global_step,time_s,return,length,env\n"
+        headers = (
+            self.record(file_version="brain.Event:2") + self.arguments(),
+            b"global_step,time_s,return,length,env\n",
+        )
         self.files: dict[str, Any] = {}
         for (name, path), header in zip(self.paths.items(), headers):
             with cannot_write(path):
@@ -2246,6 +2272,23 @@ class Log:
         buffer = io.BytesIO()
         RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
         return buffer.getvalue()
+
+    def arguments(self) -> bytes:
+        """All arguments, for TensorBoard's HPARAMS, whose metric is the final test, and as a table for its TEXT."""
+        from torch.utils.tensorboard import summary
+
+        values = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(self.args).items()}
+        table = "\n".join(("| argument | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in values.items())))
+        parts = *summary.hparams(values, {"test/return": 0.0}), summary.text("arguments", table)
+        return b"".join(self.record(summary=part) for part in parts)
+
+    def picture(self, tag: str, step: int, png: bytes) -> None:
+        """A picture for TensorBoard's IMAGES."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # of the PNG's header
+        image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
+        self.write("events", self.record(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)])))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -2319,8 +2362,8 @@ def describe_run(args: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plot_learning_curve(folder: Path, state: State) -> None:
-    """learning_curve.png: the mean return of a window of episodes with its deviation, against steps; evaluations."""
+def plot_learning_curve(folder: Path, state: State, log: Log) -> None:
+    """learning_curve.png, also for TensorBoard: the mean and deviation of recent returns; evaluations."""
     try:
         from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
     except ImportError:
@@ -2347,6 +2390,7 @@ def plot_learning_curve(folder: Path, state: State) -> None:
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
+    log.picture("learning_curve", state.global_step, buffer.getvalue())
     return write_file(folder / "learning_curve.png", buffer.getvalue())
 
 
@@ -2391,18 +2435,31 @@ def validate(args: Options) -> None:
             raise UserError(message)
 
 
+ALIASES = {  # what other trainers call it
+    "--lr": "--learning-rate", "--env": "--env-id", "--device": "--cuda", "--gpu": "--cuda", "--wandb": "--track",
+    "--batch-size": "--num-envs x --num-steps / --num-minibatches", "--load": "--resume, --evaluate or --init-from",
+    "--render": "--capture-video", "--timesteps": "--total-timesteps", "--n-envs": "--num-envs",
+}  # fmt: skip
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any] | None]:
-    """tyro twice: for the env id or the run; then with its values as defaults. Returns the checkpoint, too."""
+    """tyro twice: for the env id or the run; then with its values as defaults.
+
+    Returns also the file of the run to continue or evaluate, if there is one, and what is in it, or in --init-from's.
+    """
     argv, whole = list(argv), {flag(f.name) for f in dataclasses.fields(Options) if f.type.startswith("int")}
     for i, word in enumerate(argv):  # whole numbers may be written 1e6
         name, equals, value = word.rpartition("=") if word.startswith("--") else (argv[i - 1], "", word)
         number = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value)
         if name.replace("_", "-") in whole and number and float(value).is_integer():
             argv[i] = (name + equals) * bool(equals) + f"{float(value):.0f}"
+    for word in argv:
+        if instead := ALIASES.get(word.partition("=")[0].replace("_", "-")):
+            raise UserError(f"there is no {word.partition('=')[0]}; here it is {instead}")
     first = tyro.cli(Options, args=[word for word in argv if word not in ("-h", "--help")])
     where = first.resume if first.evaluate is None else first.evaluate
     if where is None:
@@ -2410,7 +2467,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         tuned = Options(env_id=env_id, **TUNED.get(env_id, {}))
         args = dataclasses.replace(tyro.cli(Options, args=argv, default=tuned), env_id=env_id)
         validate(args)
-        return args, None, None
+        begin = args.init_from and read_checkpoint(args.init_from, policy=True, runs_dir=args.runs_dir)[1]
+        return args, None, begin
     path, tree = read_checkpoint(where, policy=first.evaluate is not None, runs_dir=first.runs_dir)
     saved = saved_args(tree, policy=first.evaluate is not None)
     for name, code in (("env_id", ":" in saved.env_id), ("wrappers", bool(saved.wrappers))):
@@ -2463,10 +2521,15 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
             some = seeds[start : start + args.num_envs]
             episodes += envs.play(tree["agent"], some, published=True)
             bar.update(len(some))
-    length = np.mean([length for _, length, _ in episodes])
-    print(f"{args.env_id}, deterministic: {summary_text(summarize(episodes, task.goal))}, mean length {length:.0f}")
+    returns, lengths, fell = np.array(episodes).T
+    text = summary_text(summarize(episodes, task.goal))
+    print(f"{args.env_id}, deterministic: {text}, mean length {lengths.mean():.0f}")
+    print(f"highest {returns.max():.1f}, {int(fell.sum())} falls; episodes by return:")
+    counts, edges = np.histogram(returns, bins=10)
+    for count, edge in zip(counts, edges):
+        print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / max(counts))} {count}")
     if args.capture_video:
-        print(f"video: {record_video(args, policy_of(tree), folder, TEST_SEEDS)}")
+        print(f"video: {record_video(args, policy_of(tree), folder, TEST_SEEDS)[0]}")
 
 
 def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> None:
@@ -2486,8 +2549,10 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> Non
         with refuse("the checkpoint does not fit"):
             with torch.device("meta"):
                 own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args, task.discrete)
-            if kind(tree["agent"]) != kind(own.state_dict()) or len(tree["envs"]["episode"]) % args.num_envs:
-                raise ValueError("other networks, or another number of environments")
+            if kind(tree["agent"]) != kind(own.state_dict()):
+                raise ValueError("its networks have other sizes, or another kind of action")
+            if "envs" in tree and len(tree["envs"]["episode"]) % args.num_envs:
+                raise ValueError("another number of environments")
 
 
 @contextlib.contextmanager
@@ -2569,11 +2634,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 evaluate_run(args, task, tree, path.parent)
                 return 0
             step = tree.get("global_step")
-            if tree.get("finished") is True and type(step) is int and step >= args.total_timesteps:
+            if path is not None and tree.get("finished") is True and type(step) is int and step >= args.total_timesteps:
                 say(f"{path.parent} is finished; a longer --total-timesteps would extend it")
                 return 0
-        with run_folder(args, new=tree is None) as (args, folder):
-            number = train(args, task, folder, tree)
+        with run_folder(args, new=path is None) as (args, folder):
+            number = (
+                train(args, task, folder, tree) if path else train(args, task, folder, agent=tree and tree["agent"])
+            )
         if number is not None:
             say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}")
         return 128 + number if number is not None else 0
@@ -2590,6 +2657,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+
+# So that `uv run ppo_vec.py` needs nothing but this file (PEP 723; as in pyproject.toml):
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0", "gymnasium[box2d]==1.4.0", "numpy==2.4.6", "filelock>=3.20.3", "tensorboard>=2.19",
+#     "tyro>=0.9.20,<2", "tqdm>=4.66", "typeguard>=4.4", "matplotlib>=3.9", "imageio[ffmpeg]>=2.37",
+# ]
+# ///
 
 if __name__ == "__main__":
     # As a module: a spawned worker looks its classes up there, and would get copies of those in __main__.

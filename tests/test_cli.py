@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +193,8 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--resume RUN --evaluate RUN", "--evaluate exclude each other"),
     ("--resume RUN --total-timesteps 0", "--total-timesteps"), ("--resume RUN/args.json", "RUN/args.json"),
     ("--resume RUN/best.pt", "best.pt is another file"), ("--resume RUN/other.pt", "other.pt is another file"),
+    ("--init-from RUN --env-id Pendulum-v1", "its networks have other sizes"), ("--init-from RUN/no", "RUN/no"),
+    ("--lr 1e-3", "here it is --learning-rate"), ("--batch_size=64", "--num-minibatches"), ("--gpu", "--cuda"),
     ("--resume RUN/nothing", "RUN/nothing"), ("--evaluate RUN/args.json/x", "RUN/args.json/x"),
     ("--evaluate " + "a" * 5000, "aaa"), ("--evaluate RUN --eval-episodes 0", "--eval-episodes"),
     ("--evaluate RUN --seed 7", "--seed cannot change when a run is evaluated"),
@@ -288,6 +291,34 @@ def test_a_folder_belongs_to_one_process(tmp_path: Path, capsys: Capture) -> Non
             assert digests(run) == before
         assert train(run) == 0 or "--resume" in argv, "a lock that was left behind keeps nobody out"
         capsys.readouterr()
+
+
+def test_a_containers_share_of_the_machine_counts(monkeypatch: Patch) -> None:
+    def read_text(path: Path, *_: Any) -> str:
+        assert str(path) == "/sys/fs/cgroup/cpu.max"
+        return quota
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(Path, "read_text", read_text)
+    found = []
+    for quota in (  # noqa: B007
+        "max 100000",
+        "250000 100000",
+        "50000 100000",
+        "9900000 100000",
+    ):
+        found.append(ppo_vec.usable_cores())
+    assert found == [8, 3, 1, 8]
+
+
+def test_the_file_alone_says_what_it_needs() -> None:
+    """PEP 723: `uv run ppo_vec.py`. The same as in pyproject.toml."""
+    script = Path(ppo_vec.__file__).read_text()
+    (block,) = re.findall(r"(?m)^# /// script$\n((?:^#(?:| .*)$\n)+?)^# ///$", script)  # the pattern of PEP 723
+    alone = tomllib.loads("".join(line.removeprefix("#").removeprefix(" ") for line in block.splitlines(keepends=True)))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert alone == {name: project[name] for name in ("requires-python", "dependencies")}
+    assert project["scripts"] == {"ppo-vec": "ppo_vec:main"}
 
 
 def test_bad_input_in_a_process_of_its_own() -> None:
@@ -527,7 +558,7 @@ TAGS = (
     "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/old_approx_kl",
     "losses/approx_kl", "losses/clipfrac", "losses/explained_variance", "losses/policy_loss_grad_norm",
     "losses/value_loss_grad_norm", "policy/learning_rate", "time/SPS", "time/SPS_rollout",
-    "time/SPS_total", "time/rollout_s", "time/update_s",
+    "time/SPS_total", "time/rollout_s", "time/update_s", "test/return", "test/last_return", "test/fall_rate",
 )  # fmt: skip
 
 
@@ -541,6 +572,25 @@ def test_tags(trained: Path) -> None:
     assert steps == [step for step, _ in scalars["losses/policy_loss"]] == list(range(256, 4097, 256))
     rates = [value for _, value in scalars["policy/learning_rate"]]
     assert rates == pytest.approx([2.5e-4 * min(1, 5 * (1 - (step - 256) / 4000)) for step in steps])  # held until 80 %
+
+
+def test_tensorboard_shows_arguments_curve_and_result(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    board = EventAccumulator(str(trained)).Reload()
+    assert board.Tags()["images"] == ["learning_curve"]
+    (picture,) = board.Images("learning_curve")
+    assert picture.encoded_image_string == (trained / "learning_curve.png").read_bytes()
+    assert (picture.step, picture.width, picture.height) == (4096, 960, 540)
+    (text,) = board.Tensors("arguments/text_summary")
+    assert "| num_steps | 64 |" in text.tensor_proto.string_val[0].decode()
+    hparams = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(hparams).session_start_info.hparams
+    assert (start["num_envs"].number_value, start["gae_lambda"].number_value) == (4, 0.85)
+    summary = json.loads((trained / "summary.json").read_text())
+    assert faults.scalars(trained)["test/return"] == [(4096, pytest.approx(summary["eval_mean"], rel=1e-6))]
+    assert faults.scalars(trained)["test/last_return"] == [(4096, pytest.approx(summary["last_eval_mean"], rel=1e-6))]
 
 
 def test_episodes_csv(trained: Path) -> None:
@@ -682,7 +732,10 @@ def test_evaluate(trained: Path, capsys: Capture) -> None:
     assert f"{summary['eval_mean']:.1f} +- {summary['eval_std']:.1f}" in outputs[0]
     assert "deterministic" in outputs[0]
     assert "3 episodes" in outputs[2]
-    assert all(output.count("\n") == 1 for output in outputs)
+    episodes = [[int(line.split()[-1]) for line in output.splitlines()[2:]] for output in outputs]
+    assert [(len(counts), sum(counts)) for counts in episodes] == [(10, 2), (10, 2), (10, 3)]
+    falls = [row["fell"] for row in csv.DictReader((trained / "evaluation.csv").read_text().splitlines())].count("True")
+    assert f", {falls} falls;" in outputs[0]
     assert main("--evaluate", trained / "best.pt") == 0
     assert f"{summary['eval_mean']:.1f} +- " in capsys.readouterr().out
     assert digests(trained) == before
@@ -794,6 +847,33 @@ def test_resume_continues_folder_counters_and_schedule(tmp_path: Path, monkeypat
     assert not found, found
     rates = fingerprint(moved)["scalars"]["policy/learning_rate"]
     assert rates == [(40 * i, pytest.approx(5e-4 * (1 - 40 * (i - 1) / 300))) for i in range(1, 9)]
+
+
+def test_a_new_run_begins_with_the_policy_of_another(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """With its networks and normaliser; counters, optimizer and episodes are new."""
+    agents: list[dict[str, Any]] = []
+
+    def note(*args: Any) -> Any:
+        agents.append(copy.deepcopy(args[1].agent.state_dict()))
+        return collect(*args)
+
+    collect, run = ppo_vec.collect, tmp_path / "run"
+    with faults.replaced_attribute(ppo_vec, "collect", note):
+        assert train(run, *tiny(), "--init-from", str(tiny_run), "--seed", "5") == 0
+    best, state = read(tiny_run / "best.pt"), read(run / "checkpoint.pt")
+    assert_same_tensors(agents[0], best["agent"])
+    assert state["global_step"] == read(tiny_run / "checkpoint.pt")["global_step"]
+    assert not torch.equal(state["agent"]["actor.0.weight"], best["agent"]["actor.0.weight"])
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tiny_run / "best.pt", tmp_path / "alone")
+    capsys.readouterr()
+    assert_one_line(main("--resume", tmp_path / "alone"), capsys.readouterr(), "it holds a policy only", "--init-from")
+
+
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: Patch) -> None:

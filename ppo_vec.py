@@ -2010,8 +2010,8 @@ def policy_of(tree: dict[str, Any]) -> Policy:
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 EVALUATIONS = 20  # periodic evaluations a run, at most
-EVALUATION_SHARE = 0.16  # their steps, as a share of those trained; without an update a step costs a third
-ROUNDS = (10, 20, 100)  # episodes of a periodic evaluation; the second and third only where the task may be solved
+EVALUATION_SHARE = 0.08  # their steps, as a share of those trained; without an update a step costs a third
+ROUNDS = (5, 15, 100)  # episodes of a periodic evaluation; the second and third only where the task may be solved
 
 
 def summarize(episodes: Episodes, goal: float | None) -> dict[str, Any]:
@@ -2081,13 +2081,14 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     source = state.average.module if args.swa_share else state.agent
     last = {"agent": copy.deepcopy(source.state_dict()), "evaluation": {"global_step": step}}
     contenders, first = [], SELECTION_SEEDS + state.selection_episodes
+    count = args.eval_episodes if state.solved_at_step is None else min(sum(ROUNDS[:2]), args.eval_episodes)
     for policy in (last, state.best) if state.evaluations else (last,):
-        episodes = play_seeds(envs, state, policy["agent"], first, args.eval_episodes)
+        episodes = play_seeds(envs, state, policy["agent"], first, count)
         policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **summarize(episodes, goal)}
         contenders.append(policy)
         if goal is not None and policy["evaluation"]["mean"] >= goal:
             break
-    state.selection_episodes += args.eval_episodes
+    state.selection_episodes += count
     row, state.best = last["evaluation"], max(contenders, key=lambda policy: score(policy["evaluation"]))
     if goal is not None and not state.solved_at_step and row["mean"] >= goal and row["episodes"] >= ROUNDS[-1]:
         state.solved_at_step, state.solved_at_s = step, state.wall_time()

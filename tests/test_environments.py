@@ -626,7 +626,7 @@ class Contest:
         self.state = State(self.args, dataclasses.replace(ppo_vec.make_task(self.args), goal=goal), CPU)
         self.envs = VecEnv(self.args, self.state.task, self.state.envs)  # never started
         self.folder, self.calls, self.logged = folder, [], []
-        self.log = SimpleNamespace(evaluation=lambda state, row: self.logged.append(row))
+        self.log = SimpleNamespace(evaluation=lambda state, row: self.logged.append(row), scalars=lambda *_: None)
         self.returns = self.tests = lambda policy, seed: float(policy)
         self.envs.play = self.play
 
@@ -662,19 +662,19 @@ class Contest:
 @pytest.mark.parametrize(
     ("means", "goal", "rounds", "solved"),
     [
-        ((199, 999, 999), 200.0, [10], False),
-        ((900, -149.9, 999), 200.0, [10, 20, 100], True),  # it is the mean of both
-        ((900, -150.1, 999), 200.0, [10, 20], False),
-        ((900, 900, 199.9), 200.0, [10, 20, 100], False),  # though the mean of all is above
-        ((200, 200, 200), 200.0, [10, 20, 100], True),
-        ((900, 900, 900), None, [10], False),
+        ((199, 999, 999), 200.0, [5], False),
+        ((900, -33.3, 999), 200.0, [5, 15, 100], True),  # it is the mean of both
+        ((900, -33.4, 999), 200.0, [5, 15], False),
+        ((900, 900, 199.9), 200.0, [5, 15, 100], False),  # though the mean of all is above
+        ((200, 200, 200), 200.0, [5, 15, 100], True),
+        ((900, 900, 900), None, [5], False),
     ],
 )
 def test_a_task_is_solved_only_by_a_hundred_fresh_episodes(
     tmp_path: Path, means: tuple, goal: float | None, rounds: list[int], solved: bool
 ) -> None:
     contest = Contest(tmp_path, goal)
-    starts = SELECTION_SEEDS + np.array([10, 30])  # of the second round and the third
+    starts = SELECTION_SEEDS + np.array([5, 20])  # of the second round and the third
     contest.returns = lambda policy, seed: float(means[np.sum(seed >= starts)])
     row = contest.evaluate(0.1, 5000)
     assert [len(seeds) for _, seeds, _ in contest.calls] == rounds
@@ -693,7 +693,7 @@ def test_a_task_is_solved_only_by_a_hundred_fresh_episodes(
     assert state.selection_episodes == len(seeds)
     assert state.evaluation_steps == 7 * len(seeds)
     if solved:
-        assert len(seeds) == total + 10  # no need to look again
+        assert len(seeds) == total + 5  # no need to look again
         assert state.solved_at_step == 5000
 
 
@@ -708,25 +708,25 @@ def test_when_a_run_evaluates(tmp_path: Path) -> None:
 
     assert [due(step, None, 0) for step in (49, 50, 999, 1000, 1200)] == [False, True, True, False, False]
     assert [due(step, 400, 0) for step in (449, 450)] == [False, True]  # a twentieth of the run
-    assert [due(500, 400, spent) for spent in (80, 81)] == [True, False]  # 16 % of the steps
+    assert [due(500, 400, spent) for spent in (40, 41)] == [True, False]  # 8 % of the steps
 
 
 def test_the_best_evaluated_policy_is_kept(tmp_path: Path) -> None:
     """Best by mean less one standard error. The first is better than none."""
     contest = Contest(tmp_path, goal=None)
     order, seen = [0.5, 1.1, 0.3, 0.9, 0.7, 1.0, 0.2], []
-    contest.returns = lambda policy, seed: policy + (8 * (seed % 2) - 4) * (policy == 1.1) - 10  # a mean of luck
+    contest.returns = lambda policy, seed: policy + (4, -4, 4, -4, 0)[seed % 5] * (policy == 1.1) - 10  # it had luck
     for k, policy in enumerate(order, start=1):
         row = contest.evaluate(policy, 1000 * k)
         seen.append(policy)
         name, evaluation = contest.best()
-        assert name == max(seen, key=lambda p: p - (4 / math.sqrt(10)) * (p == 1.1))
+        assert name == max(seen, key=lambda p: p - math.sqrt(64 / 5 / 5) * (p == 1.1))
         assert evaluation["mean"] == pytest.approx(name - 10, abs=1e-6)
         assert evaluation["global_step"] == 1000 * (order.index(name) + 1)
         assert contest.state.best["evaluation"] == evaluation
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert (summary["eval_mean"], summary["last_eval_mean"]) == (evaluation["mean"], row["mean"])
-        assert (summary["finished"], summary["evaluation_steps"]) == (False, 70 * k)
+        assert (summary["finished"], summary["evaluation_steps"]) == (False, 35 * k)
 
 
 @pytest.mark.parametrize("swa_share", [0.0, 0.2])
@@ -739,13 +739,13 @@ def test_what_a_run_delivers(tmp_path: Path, swa_share: float, earlier: float, w
     last, other = (0.4, 0.8) if not swa_share else (0.8, 0.4)
     summary = contest.finish(last, average=other)  # delivered is 0.4, and the other is not even looked at
     delivered, step = (0.4, 10**6) if winner == "last" else (earlier, 1000)
-    choice, test = range(SELECTION_SEEDS + 10, SELECTION_SEEDS + 17), range(TEST_SEEDS, TEST_SEEDS + 7)
+    choice, test = range(SELECTION_SEEDS + 5, SELECTION_SEEDS + 12), range(TEST_SEEDS, TEST_SEEDS + 7)
     expected = [(0.4, list(choice), False), (earlier, list(choice), False), (0.4, list(test), True)]
     expected += [] if winner == "last" else [(earlier, list(test), True)]  # no test is played twice
     assert contest.calls == expected
     state = contest.state
-    assert (state.selection_episodes, state.selection_steps) == (17, 70)
-    assert state.evaluation_steps == 70 + 7 * 7 * len(expected)
+    assert (state.selection_episodes, state.selection_steps) == (12, 35)
+    assert state.evaluation_steps == 35 + 7 * 7 * len(expected)
     name, evaluation = contest.best()
     assert (name, evaluation["global_step"], evaluation["episodes"]) == (delivered, step, 7)
     row = state.evaluations[-1]
@@ -770,6 +770,17 @@ def test_last_weights_that_solve_the_task_are_not_weighed_against_others(
     assert contest.best()[0] == delivered
     choice = [policy for policy, _, published in contest.calls if not published]
     assert choice == ([last] if last == delivered else [last, 900.0])
+
+
+@pytest.mark.parametrize(("solved", "count"), [(None, 100), (1000, 20)])
+def test_a_solved_run_looks_at_its_last_weights_for_twenty_episodes(
+    tmp_path: Path, solved: int | None, count: int
+) -> None:
+    contest = Contest(tmp_path, eval_episodes=100)
+    contest.state.solved_at_step = solved
+    contest.finish(250.0)
+    assert [(len(seeds), published) for _, seeds, published in contest.calls] == [(count, False), (100, True)]
+    assert contest.state.selection_episodes == count
 
 
 def test_a_run_too_short_for_an_evaluation_delivers_its_last_weights(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@
     action = ppo_vec.load_policy("runs/NAME")(obs)     # in Python: from raw observations to actions
 
 What stands where. First the algorithm: Args, Agent, gae, policy_loss, value_loss, update, Rollout, collect, train.
-Then the engineering: options and schedules, environments, the acting policy, workers, walkers, several processes, CUDA,
-checkpoints, evaluation, logs, command line.
+Then the engineering: options and schedules, the optimizer, environments, the acting policy, workers, walkers, several
+processes, CUDA, checkpoints, evaluation, logs, command line.
 
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438. "37 details": Huang et al.
 2022, "The 37 Implementation Details of Proximal Policy Optimization". Names follow CleanRL's ppo_continuous_action.py.
@@ -389,6 +389,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     actor.begin(args.learning_rate)
     critic.begin(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
+    # `descend` for the actor with policy_loss and the critic with value_loss, at the same time: they share nothing.
     for sums in state.descend_both(agent, state.optimizers, batch, minibatches, args):
         metrics |= means(sums)
     agent.distribution.keep_min_std()
@@ -399,16 +400,6 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 
 
 Minibatches = list[tuple[Tensor, Tensor]]  # indices of rows, and the normalised advantages of these, (B,) each
-
-
-def descend_both(
-    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Minibatches, args: Args
-) -> list[dict[str, Tensor]]:
-    """`descend` for actor and critic at the same time: they share nothing but the minibatches."""
-    actor, critic = optimizers
-    with ThreadPoolExecutor(1) as pool:  # the critic in a thread: -23 % update time on two cores
-        critic_sums = pool.submit(descend, agent, critic, value_loss, batch, minibatches, args)
-        return [descend(agent, actor, policy_loss, batch, minibatches, args), critic_sums.result()]
 
 
 def descend(
@@ -429,16 +420,6 @@ def descend(
         if optimizer.stopped():
             break
     return dict(zip(("steps", *metrics), sums))
-
-
-def means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
-    steps, *values = mean_of_ranks(torch.stack(list(sums.values()))).tolist()
-    metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise TrainingError(f"losses/{name} is {value}")
-    return metrics
 
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
@@ -1623,7 +1604,27 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
     return box[0]
 
 
-# ---- CUDA ------------------------------------------------------------------------------------------------------------
+# ---- Both networks at once: in two threads, or on CUDA ---------------------------------------------------------------
+
+
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
+    steps, *values = mean_of_ranks(torch.stack(list(sums.values()))).tolist()
+    metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"losses/{name} is {value}")
+    return metrics
+
+
+def descend_both(
+    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Minibatches, args: Args
+) -> list[dict[str, Tensor]]:
+    """`descend` for actor and critic at the same time."""
+    actor, critic = optimizers
+    with ThreadPoolExecutor(1) as pool:  # the critic in a thread: -23 % update time on two cores
+        critic_sums = pool.submit(descend, agent, critic, value_loss, batch, minibatches, args)
+        return [descend(agent, actor, policy_loss, batch, minibatches, args), critic_sums.result()]
 
 
 class CudaGraph:

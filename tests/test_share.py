@@ -1,10 +1,11 @@
-"""export.py: the ONNX file acts as load_policy does."""
+"""export.py and model_card.py: the ONNX file acts as load_policy does, and a model card has the run's figures."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import ppo_vec
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 import export
+import model_card
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 REFERENCE = ROOT / "runs" / "reference" / "BipedalWalker-v3"
@@ -162,3 +165,125 @@ def test_a_distribution_that_export_does_not_know(tmp_path: Path, monkeypatch: P
     monkeypatch.setattr(ppo_vec, "Distribution", type("Beta", (ppo_vec.Gaussian,), {}))
     run = make_run(tmp_path / "run", *BOX)
     assert "Beta is new" in refused(export, [run, tmp_path / "policy.onnx"], capsys)
+
+
+# ---- model_card.py ---------------------------------------------------------------------------------------------------
+
+
+def read_card(run: Path) -> tuple[dict[str, Any], str]:
+    _, head, text = (run / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_a_card_has_the_figures_of_the_run(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "my run", *BOX, env_kwargs='{"g": 1}')
+    (run / "videos").mkdir()
+    for name in ("learning_curve.png", "videos/a b.gif", "videos/My-v0-seed0.mp4"):
+        (run / name).touch()
+    assert model_card.main([str(run), "--repo", "me/walker"]) == 0
+    upload = (
+        f"hf upload me/walker '{run}' . --exclude 'checkpoint*'\nhf upload me/walker '{run}/videos/My-v0-seed0.mp4' "
+    )
+    assert f"\n{upload}replay.mp4" in capsys.readouterr().out
+    head, text = read_card(run)
+    (model,) = head["model-index"]
+    assert model == {
+        "name": "PPO-My-v0",
+        "results": [
+            {
+                "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
+                "dataset": {"type": "My-v0", "name": "My-v0"},
+                "metrics": [
+                    {"type": "mean_reward", "name": "mean_reward", "value": "-12.34 +/- 0.13", "verified": False}
+                ],
+            }
+        ],
+    }
+    assert head["library_name"] == "ppo_vec"
+    assert {"reinforcement-learning", "My-v0"} <= set(head["tags"])
+    info = json.loads((run / "args.json").read_text())
+    for words in (
+        "| return over 100 unseen episodes | -12.3 ± 0.1 (min -13.0) |", "| of these, solved | 25% |",
+        "| training | 1000 steps, 12 s |", "| solved after | 600 steps, 8 s |", 'env_kwargs `{"g": 1}`, trained',
+        "![learning_curve.png](learning_curve.png)", "![a b.gif](videos/a%20b.gif)",
+        "\n[My-v0-seed0.mp4](videos/My-v0-seed0.mp4)", "hf download me/walker --local-dir walker\n",
+        "```\npython ppo_vec.py --seed 3\npython ppo_vec.py --resume latest\n```", 'load_policy("walker")', "(3,)",
+        f"torch {torch.__version__}", f"commit {info['git_commit']}",
+    ):  # fmt: skip
+        assert words in text, text
+
+
+def test_a_card_of_the_reference_walker(tmp_path: Path, capsys: Capture) -> None:
+    """And huggingface_hub, where it is installed, reads the card as we mean it."""
+    run = tmp_path / "BipedalWalker-v3__1"
+    shutil.copytree(REFERENCE, run, ignore=shutil.ignore_patterns("*.mp4", "*.gif"))
+    assert model_card.main([str(run)]) == 0
+    assert f"hf upload USER/BipedalWalker-v3__1 {run} . --exclude" in capsys.readouterr().out
+    head, text = read_card(run)
+    assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == "343.39 +/- 0.40"
+    assert ".mp4" not in text
+    assert "{" not in text
+    if importlib.util.find_spec("huggingface_hub"):
+        from huggingface_hub import ModelCard
+
+        (result,) = ModelCard.load(run / "README.md").data.eval_results
+        assert (result.dataset_type, result.metric_value) == ("BipedalWalker-v3", "343.39 +/- 0.40")
+
+
+def test_what_the_run_has_not_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", *BOX)
+    nothing = {"eval_frac_solved": None, "solved_at_step": None, "solved_at_s": None}
+    (run / "summary.json").write_text(json.dumps(SUMMARY | nothing | {"env_id": 'a: "b"-v0'}))
+    assert model_card.main([str(run)]) == 0
+    head, text = read_card(run)
+    assert head["model-index"][0]["results"][0]["dataset"]["type"] == 'a: "b"-v0'
+    assert "solved" not in text
+    assert "![" not in text
+
+
+def test_only_its_own_card_is_overwritten(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", *BOX)
+    readme, text = run / "README.md", "My own words.\n"
+    readme.write_text(text)
+    assert "was not written by this program" in refused(model_card, [run], capsys)
+    assert readme.read_text() == text
+    readme.unlink()
+    for repo in ("me/one", "me/two"):
+        assert model_card.main([str(run), "--repo", repo]) == 0
+        assert repo in readme.read_text(encoding="utf-8")
+    card = readme.read_text(encoding="utf-8").replace(model_card.MARKER + "\n", "")
+    capsys.readouterr()
+    for content in (card, None):
+        readme.unlink()
+        readme.write_text(card, encoding="utf-8") if content else readme.symlink_to(tmp_path / "none")
+        assert "was not written by this program" in refused(model_card, [run], capsys)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("best.pt", None, "there is no checkpoint at"),
+        ("best.pt", "x", "best.pt is not a ppo_vec checkpoint"),
+        ("args.json", None, "args.json is missing or damaged"),
+        ("args.json", "[]", "args.json is missing or damaged"),
+        ("args.json", '{"args": 1}', "lacks what a card needs"),
+        ("args.json", '{"args": {}}', "lacks what a card needs"),
+        ("summary.json", "{", "summary.json is missing or damaged"),
+        ("summary.json", json.dumps(SUMMARY | {"finished": False}), "--resume"),
+        ("summary.json", json.dumps(SUMMARY | {"eval_mean": None}), "lacks what a card needs"),
+        ("summary.json", '{"finished": true, "env_id": "My-v0"}', "lacks what a card needs: 'eval_mean'"),
+    ],
+)
+def test_a_broken_run_is_one_line(tmp_path: Path, capsys: Capture, file: str, content: str | None, words: str) -> None:
+    run = make_run(tmp_path / "run", *BOX)
+    (run / file).unlink()
+    if content is not None:
+        (run / file).write_text(content)
+    assert words in refused(model_card, [run], capsys)
+    assert not (run / "README.md").exists()
+
+
+def test_a_wrong_folder_or_name_is_one_line(tmp_path: Path, capsys: Capture) -> None:
+    assert "there is no run folder" in refused(model_card, [tmp_path / "none"], capsys)
+    assert "--repo must be USER/NAME" in refused(model_card, [tmp_path, "--repo", "me"], capsys)

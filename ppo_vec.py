@@ -2542,8 +2542,11 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> Non
     if args.evaluate is not None:
         return
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        # float32 numbers of a step: observations twice, actions and noise; and once more in torch's hands.
-        size = 8 * args.batch_size * 2 * (task.obs_dim + task.extra_dim + task.action_dim)
+        # Bytes of a step: raw observations twice, and three times on their way to the networks; actions, noise and
+        # their copies; and the outputs of two hidden layers, for all rows at once.
+        widest = max(*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1)
+        row = 40 * (task.obs_dim + task.extra_dim) + 16 * task.action_dim + 8 * widest
+        size = args.batch_size * row
         if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is a rollout of {size / 2**30:.0f} GiB"
             raise UserError(f"{what}, more than this machine's memory")

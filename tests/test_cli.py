@@ -13,6 +13,7 @@ import multiprocessing.process
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -319,6 +320,23 @@ def test_the_file_alone_says_what_it_needs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert alone == {name: project[name] for name in ("requires-python", "dependencies")}
     assert project["scripts"] == {"ppo-vec": "ppo_vec:main"}
+
+
+def test_the_commands_in_the_readme(tiny_run: Path, monkeypatch: Patch) -> None:
+    """The trainer takes their flags; benchmarks that they name exist, and have theirs."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / "README.md").read_text())
+    found = re.findall(r"(?:    |`|&& |torchrun .*? )((?:python )?(?:ppo_vec|benchmarks/\w+)\.py[^#`\n]*)", text)
+    trainings = [shlex.split(line.split(".py", 1)[1]) for line in found if "ppo_vec.py" in line]
+    assert len(trainings) >= 12
+    for words in trainings:
+        words = [str(tiny_run) if word in ("latest", "runs/NAME") or "reference" in word else word for word in words]
+        if "--init-from" in words:
+            words += ["--env-id", tiny_id()]
+        ppo_vec.parse_args([word for word in words if word not in ("--help", "OTHER/ppo_vec.py")])
+    for line in (line for line in found if "benchmarks/" in line):
+        source = (ROOT / re.search(r"benchmarks/\w+\.py", line)[0]).read_text()
+        for flag in re.findall(r" --([a-z-]+)", line):
+            assert re.search(rf"--{flag}\b|^ +{flag.replace('-', '_')}:", source, re.MULTILINE), line
 
 
 def test_bad_input_in_a_process_of_its_own() -> None:

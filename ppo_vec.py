@@ -364,10 +364,10 @@ def value_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor,
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are divided by their running deviation. Divided by that of each minibatch (37 details, no. 7), those of a
-    rollout in which nothing goes wrong would move the policy as far as those of one with a fall, and they are nearly
-    all noise: good policies broke late in training. The observation normaliser is frozen until the end; then it merges
-    the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
+    Advantages are divided by their running deviation. Divided by the deviation of each minibatch (37 details, no. 7),
+    they would be as loud in a rollout in which nothing goes wrong as in one with a fall; and a good policy would be
+    driven about by noise. The observation normaliser is frozen until the end; then it merges the rollout's
+    observations. Raises TrainingError for a loss or gradient that is not finite.
     """
     agent, (actor, critic) = state.agent, state.optimizers
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated

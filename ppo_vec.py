@@ -364,10 +364,9 @@ def value_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor,
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are divided by their running deviation. Divided by the deviation of each minibatch (37 details, no. 7),
-    they would be as loud in a rollout in which nothing goes wrong as in one with a fall; and a good policy would be
-    driven about by noise. The observation normaliser is frozen until the end; then it merges the rollout's
-    observations. Raises TrainingError for a loss or gradient that is not finite.
+    Advantages are computed once, and normalised in each minibatch (37 details, no. 7). The observation normaliser is
+    frozen until the end; then it merges the rollout's observations. Raises TrainingError for a loss or gradient that
+    is not finite.
     """
     agent, (actor, critic) = state.agent, state.optimizers
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
@@ -375,23 +374,23 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     if args.value_lambda is not None:
         errors = gae(*steps, args.gamma, args.value_lambda)
     returns = errors + rollout.values
-    everyones = torch.cat(all_ranks(advantages))  # with torchrun: of all processes
-    var = float(everyones.var())
-    state.advantage_var = 0.98 * (state.advantage_var or var) + 0.02 * var
     batch = {
         "obs": agent.normalizer(rollout.obs[:-1]), "actions": rollout.actions, "logprobs": rollout.logprobs,
-        "advantages": (advantages - everyones.mean()) / (math.sqrt(state.advantage_var) + 1e-8),
         "returns": returns, "values": rollout.values,
     }  # fmt: skip
     batch = {name: rows.flatten(0, 1).to(state.device) for name, rows in batch.items()}
     inds = [torch.randperm(args.batch_size, generator=state.shuffle_rng) for _ in range(args.update_epochs)]
-    mb_inds = torch.stack(inds).view(-1, args.minibatch_size).to(state.device)
+    mb_inds = torch.stack(inds).view(-1, args.minibatch_size)
+    mb_advantages = advantages.flatten()[mb_inds]
+    pooled = torch.cat(all_ranks(mb_advantages), dim=1)  # with torchrun: the minibatches of all processes
+    mb_advantages = (mb_advantages - pooled.mean(1, keepdim=True)) / (pooled.std(1, keepdim=True) + 1e-8)
+    minibatches = list(zip(mb_inds.to(state.device), mb_advantages.to(state.device)))
 
     actor.begin(args.learning_rate)
     critic.begin(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
     # `descend` for the actor with policy_loss and the critic with value_loss, at the same time: they share nothing.
-    for sums in state.descend_both(agent, state.optimizers, batch, mb_inds, args):
+    for sums in state.descend_both(agent, state.optimizers, batch, minibatches, args):
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -400,17 +399,17 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     return {**metrics, "explained_variance": explained}
 
 
+Minibatches = list[tuple[Tensor, Tensor]]  # indices of rows, and the normalised advantages of these, (B,) each
+
+
 def descend(
     agent: Agent, optimizer: FlatAdam, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    batch: dict[str, Tensor], mb_inds: Iterable[Tensor], args: Args,
+    batch: dict[str, Tensor], minibatches: Minibatches, args: Args,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Takes a step down the loss of each minibatch. Returns the number of steps, and the sum of each metric.
-
-    Args: batch with the rows (T * N, ...) of all; mb_inds: the indices (B,) of each minibatch's.
-    """
+    """Takes a step down the loss of each minibatch. Returns the number of steps, and the sum of each metric."""
     sums = torch.zeros((), device=optimizer.flat.device)
-    for inds in mb_inds:
-        mb = {name: rows[inds] for name, rows in batch.items()}
+    for inds, advantages in minibatches:
+        mb = {name: rows[inds] for name, rows in batch.items()} | {"advantages": advantages}
         loss, metrics = loss_of(agent, mb, args)
         limited = args.target_kl is not None and "approx_kl" in metrics
         if limited:  # before the step, so that none is taken on a policy that has gone too far already (SB3)
@@ -572,7 +571,7 @@ class Options(Args):
 # What beats the defaults, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "num_steps": 128, "update_epochs": 5, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85,
+        "num_steps": 128, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85,
         "ent_coef": 0.0025, "bounds_loss_coef": 0.01, "fall_reward": -1.0,
         "final_fall_reward": -20.0, "action_cost": 0.2, "initial_std": 0.5, "critic_progress": True,
         "anneal_share": 0.2, "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
@@ -587,7 +586,7 @@ TUNED: dict[str, dict[str, Any]] = {
     },
     "BipedalWalkerHardcore-v3": {
         "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 2e-4,
-        "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
+        "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 5, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "initial_std": 0.5,
         "swa_share": 0.2, "min_std": 0.25, "critic_progress": True,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
@@ -1619,13 +1618,13 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def descend_both(
-    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], mb_inds: Iterable[Tensor], args: Args
+    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Minibatches, args: Args
 ) -> list[dict[str, Tensor]]:
     """`descend` for actor and critic at the same time."""
     actor, critic = optimizers
     with ThreadPoolExecutor(1) as pool:  # the critic in a thread: -23 % update time on two cores
-        critic_sums = pool.submit(descend, agent, critic, value_loss, batch, mb_inds, args)
-        return [descend(agent, actor, policy_loss, batch, mb_inds, args), critic_sums.result()]
+        critic_sums = pool.submit(descend, agent, critic, value_loss, batch, minibatches, args)
+        return [descend(agent, actor, policy_loss, batch, minibatches, args), critic_sums.result()]
 
 
 class CudaGraph:
@@ -1646,12 +1645,13 @@ class CudaGraph:
         self.side, self.works, self.fixed = torch.cuda.Stream(), world_size() == 1, None
 
     def __call__(
-        self, agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], mb_inds: Tensor, args: Args
-    ) -> list[dict[str, Tensor]]:
+        self, agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor],
+        minibatches: Minibatches, args: Args,
+    ) -> list[dict[str, Tensor]]:  # fmt: skip
         if not self.batch:
             self.batch = {name: tensor.clone() for name, tensor in batch.items()}
-            self.inds = mb_inds[0].clone()
-            self.scalars = torch.zeros(3, device=self.inds.device)
+            self.minibatch = [tensor.clone() for tensor in minibatches[0]]
+            self.scalars = torch.zeros(3, device=self.minibatch[0].device)
         fixed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in self.COPIED}
         self.graph, self.fixed = self.graph if fixed == self.fixed else None, fixed
         for name, tensor in batch.items():
@@ -1663,8 +1663,9 @@ class CudaGraph:
         args = dataclasses.replace(args, ent_coef=ent_coef)
         self.step = functools.partial(self.one_minibatch, agent, optimizers, args)
         totals = [0, 0]
-        for inds in mb_inds:
-            self.inds.copy_(inds)
+        for minibatch in minibatches:
+            for own, new in zip(self.minibatch, minibatch):
+                own.copy_(new)
             if self.graph is None:
                 self.step()
             else:
@@ -1679,8 +1680,8 @@ class CudaGraph:
         (actor, critic), main = optimizers, torch.cuda.current_stream()
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
-            critic_sums = descend(agent, critic, value_loss, self.batch, [self.inds], args)
-        actor_sums = descend(agent, actor, policy_loss, self.batch, [self.inds], args)
+            critic_sums = descend(agent, critic, value_loss, self.batch, [self.minibatch], args)
+        actor_sums = descend(agent, actor, policy_loss, self.batch, [self.minibatch], args)
         main.wait_stream(self.side)
         self.names = [list(sums) for sums in (actor_sums, critic_sums)]
         self.sums = [torch.stack(list(sums.values())) for sums in (actor_sums, critic_sums)]
@@ -1700,7 +1701,7 @@ class CudaGraph:
         agent = copy.deepcopy(agent).cpu()
         optimizers, batch = make_optimizers(agent), {name: tensor.cpu() for name, tensor in self.batch.items()}
         rows = min(args.minibatch_size, 1024)
-        few = [self.inds[:rows].cpu()] * 4
+        few = [tuple(tensor[:rows].cpu() for tensor in self.minibatch)] * 4
         for _ in range(2):  # the first warms up
             began = time.perf_counter()
             descend_both(agent, optimizers, batch, few, args)
@@ -1741,7 +1742,6 @@ class State:
         self.noise_rng = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
         self.shuffle_rng = torch.Generator().manual_seed(int(shuffle.generate_state(1)[0]))
         self.envs = new_snapshot(args.num_envs, task.obs_dim)
-        self.advantage_var = 0.0  # running, see update
         self.global_step = 0
         self.smoothed_return: float | None = None  # these three: note_returns
         self.lowest_return = math.inf

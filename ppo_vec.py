@@ -586,7 +586,7 @@ TUNED: dict[str, dict[str, Any]] = {
     },
     "BipedalWalkerHardcore-v3": {
         "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 2e-4,
-        "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 5, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
+        "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "initial_std": 0.5,
         "swa_share": 0.2, "min_std": 0.25, "critic_progress": True,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),

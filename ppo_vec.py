@@ -2081,15 +2081,18 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     args, goal, step = state.args, state.task.goal, state.global_step
     source = state.average.module if args.swa_share else state.agent
     last = {"agent": copy.deepcopy(source.state_dict()), "evaluation": {"global_step": step}}
-    contenders, first = [], SELECTION_SEEDS + state.selection_episodes
-    count = args.eval_episodes if state.solved_at_step is None else min(sum(ROUNDS[:2]), args.eval_episodes)
-    for policy in (last, state.best) if state.evaluations else (last,):
-        episodes = play_seeds(envs, state, policy["agent"], first, count)
-        policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **summarize(episodes, goal)}
-        contenders.append(policy)
-        if goal is not None and policy["evaluation"]["mean"] >= goal:
-            break
-    state.selection_episodes += count
+    first = SELECTION_SEEDS + state.selection_episodes
+
+    def solves(policy: dict[str, Any], count: int) -> bool:
+        result = summarize(play_seeds(envs, state, policy["agent"], first, count), goal)
+        policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **result}
+        return goal is not None and result["mean"] >= goal
+
+    contenders, few = [last], min(sum(ROUNDS[:2]), args.eval_episodes)
+    if not (state.solved_at_step and solves(last, few)) and not solves(last, args.eval_episodes) and state.evaluations:
+        contenders.append(state.best)
+        solves(state.best, args.eval_episodes)
+    state.selection_episodes += args.eval_episodes
     row, state.best = last["evaluation"], max(contenders, key=lambda policy: score(policy["evaluation"]))
     if goal is not None and not state.solved_at_step and row["mean"] >= goal and row["episodes"] >= ROUNDS[-1]:
         state.solved_at_step, state.solved_at_s = step, state.wall_time()

@@ -769,7 +769,7 @@ def test_last_weights_that_solve_the_task_are_not_weighed_against_others(
     contest.finish(last)
     assert contest.best()[0] == delivered
     choice = [policy for policy, _, published in contest.calls if not published]
-    assert choice == ([last] if last == delivered else [last, 900.0])
+    assert choice == ([last] if last == delivered else [last, last, 900.0])  # a few episodes first
 
 
 @pytest.mark.parametrize(("solved", "count"), [(None, 100), (1000, 20)])
@@ -780,7 +780,17 @@ def test_a_solved_run_looks_at_its_last_weights_for_twenty_episodes(
     contest.state.solved_at_step = solved
     contest.finish(250.0)
     assert [(len(seeds), published) for _, seeds, published in contest.calls] == [(count, False), (100, True)]
-    assert contest.state.selection_episodes == count
+
+
+def test_last_weights_that_fail_on_twenty_episodes_are_weighed_by_all(tmp_path: Path) -> None:
+    """After a solved run, too: twenty episodes are too few to choose by."""
+    contest = Contest(tmp_path, eval_episodes=100)
+    contest.evaluate(250.0, 1000)
+    assert contest.state.solved_at_step == 1000
+    contest.finish(150.0)
+    found = [(policy, len(seeds)) for policy, seeds, published in contest.calls if not published]
+    assert found == [(150.0, 20), (150.0, 100), (250.0, 100)]
+    assert contest.best()[0] == 250.0
 
 
 def test_a_run_too_short_for_an_evaluation_delivers_its_last_weights(tmp_path: Path) -> None:

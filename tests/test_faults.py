@@ -573,7 +573,7 @@ def test_full_disk_before_the_first_checkpoint(run: Path, undisturbed: Make, mon
     assert_same(run, undisturbed())
 
 
-@pytest.mark.parametrize("limit", [5_000, 1], ids=["checkpoints only", "everything, stderr too"])
+@pytest.mark.parametrize("limit", [15_000, 1], ids=["checkpoints only", "everything, stderr too"])
 def test_file_size_limit_of_the_kernel(run: Path, undisturbed: Make, limit: int) -> None:
     """A real error in the middle of a write, of every file that grows past `limit` bytes: partial writes included."""
 

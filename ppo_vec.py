@@ -545,7 +545,7 @@ def train(
 class Options(Args):
     """Train, resume or evaluate a PPO agent. Tuned defaults depend on --env-id; what you type overrides them."""
 
-    env_id: str = "BipedalWalker-v3"  # a Gymnasium environment with Box observations and bounded Box actions
+    env_id: str = "BipedalWalker-v3"  # an environment with Box observations and Discrete or bounded Box actions
     env_kwargs: str = "{}"  # keyword arguments of the environment as JSON, such as '{"gravity": -5}'
     wrappers: tuple[str, ...] = ()  # functions that wrap the environment, as module:function (found on PYTHONPATH)
     runs_dir: str = "runs"  # the folder of the run folders

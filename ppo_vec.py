@@ -606,7 +606,7 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
     """The arguments of the iteration that starts at `global_step`; the README says why they change.
 
     Learning rates and entropy bonus follow the clock. The others follow what the policy has `shown`, from 0 to 1
-    (note_returns), or the clock where no goal is known: 1 - gamma and the price of a fall change in equal ratios, the
+    (note_returns), or the clock where no goal above 0 is known: 1 - gamma and the price of a fall change in equal ratios, the
     action cost grows with the square until half of the way.
     """
     progress = min(global_step / args.total_timesteps, 1)
@@ -629,17 +629,16 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
 
 
 def note_returns(state: State, rollout: Rollout) -> None:
-    """Keeps state.shown: how far the smoothed training return has come from its lowest to nearly the goal, 0 to 1.
+    """Keeps state.shown: the best smoothed training return so far as a share of nearly the goal, 0 to 1.
 
-    What a fall or strength costs follows it: at a high price a policy that cannot walk yet learns to stand still.
+    What a fall or strength costs follows it: at a high price a policy that cannot walk yet learns to stand still, which
+    pays about nothing.
     """
     for episode in rollout.episodes:
         before = episode["return"] if state.smoothed_return is None else state.smoothed_return
         state.smoothed_return = 0.98 * before + 0.02 * episode["return"]
-        state.lowest_return = min(state.lowest_return, state.smoothed_return)
     if state.shown is not None and state.smoothed_return is not None:
-        way = 0.95 * state.task.goal - state.lowest_return
-        state.shown = min(1.0, max(state.shown, (state.smoothed_return - state.lowest_return) / max(way, 1e-9)))
+        state.shown = min(1.0, max(state.shown, state.smoothed_return / (0.95 * state.task.goal)))
 
 
 def training_rewards(state: State, rollout: Rollout, args: Options) -> Tensor:
@@ -1743,9 +1742,8 @@ class State:
         self.shuffle_rng = torch.Generator().manual_seed(int(shuffle.generate_state(1)[0]))
         self.envs = new_snapshot(args.num_envs, task.obs_dim)
         self.global_step = 0
-        self.smoothed_return: float | None = None  # these three: note_returns
-        self.lowest_return = math.inf
-        self.shown = None if task.goal is None else 0.0
+        self.smoothed_return: float | None = None  # these two: note_returns
+        self.shown = 0.0 if (task.goal or 0) > 0 else None
         self.train_time_s = 0.0  # rollouts and updates
         self.wall_time_s = 0.0  # with evaluations and files, until `started`; see wall_time()
         self.evaluations: list[dict[str, Any]] = []

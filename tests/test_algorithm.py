@@ -842,7 +842,7 @@ def test_collect_and_update_by_hand(state_dependent_std: bool, extra: bool, reco
 
 
 def test_what_a_policy_has_shown_by_hand() -> None:
-    state = SimpleNamespace(smoothed_return=None, lowest_return=math.inf, shown=0.0, task=SimpleNamespace(goal=300.0))
+    state = SimpleNamespace(smoothed_return=None, shown=0.0, task=SimpleNamespace(goal=300.0))
 
     def note(*returns: float) -> tuple[float, float]:
         episodes = [{"return": ret} for ret in returns]
@@ -850,11 +850,10 @@ def test_what_a_policy_has_shown_by_hand() -> None:
         return state.smoothed_return, state.shown
 
     assert note(-100.0) == (-100, 0)
-    assert note(285.0) == (
-        pytest.approx(-92.3),
-        pytest.approx(7.7 / 385),
-    )  # .98 * -100 + .02 * 285; nearly the goal: 285
-    assert note(-200.0, -200.0) == (pytest.approx(-96.5649), pytest.approx(7.7 / 385))  # the best so far
+    assert note(285.0) == (pytest.approx(-92.3), 0)  # .98 * -100 + .02 * 285
+    state.smoothed_return = 57.0
+    assert note() == (57, pytest.approx(0.2))  # nearly the goal: 285
+    assert note(-200.0) == (pytest.approx(51.86), pytest.approx(0.2))  # the best so far
     assert note(*[400.0] * 500)[1] == 1
     state.shown, state.task.goal = None, None
     note(1.0)

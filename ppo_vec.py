@@ -606,8 +606,8 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
     """The arguments of the iteration that starts at `global_step`; the README says why they change.
 
     Learning rates and entropy bonus follow the clock. The others follow what the policy has `shown`, from 0 to 1
-    (note_returns), or the clock where no goal above 0 is known: 1 - gamma and the price of a fall change in equal ratios, the
-    action cost grows with the square until half of the way.
+    (note_returns), or the clock where no goal above 0 is known: 1 - gamma and the price of a fall change in equal
+    ratios, the action cost grows with the square until half of the way.
     """
     progress = min(global_step / args.total_timesteps, 1)
     shown = progress if shown is None else shown

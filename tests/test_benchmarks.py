@@ -308,7 +308,7 @@ def test_fingerprints_are_the_same_whatever_kernel_the_user_has_named(
 ) -> None:
     """ppo_vec names one itself; and a run that was killed and resumed has the same, or main() would end with 1."""
     monkeypatch.setattr(fingerprint, "SETTINGS", {"tiny": TINY})
-    monkeypatch.setattr(fingerprint, "SHORT", "--total-timesteps 4000 --eval-episodes 2 --actor-hidden-sizes 64 64")
+    monkeypatch.setattr(fingerprint, "SHORT", "--total-timesteps 2000 --eval-episodes 2 --actor-hidden-sizes 64 64")
     monkeypatch.setattr(sys, "argv", ["fingerprint.py", "--program", ppo_vec.__file__])
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
     fingerprint.main()

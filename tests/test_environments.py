@@ -874,4 +874,4 @@ def test_a_walker_learns_to_walk() -> None:
             episodes = envs.play(state.agent.state_dict(), seeds)
             mean = float(np.mean([ret for ret, *_ in episodes]))
     assert mean >= 50
-    assert state.shown > 0.1
+    assert state.smoothed_return > -70  # with noise; the first episodes have -100 and less

@@ -553,7 +553,7 @@ class Options(Args):
     resume: str | None = None  # continue this run (its folder, or "latest")
     init_from: str | None = None  # begin a new run with the networks and the normaliser of this one (as --evaluate)
     evaluate: str | None = None  # evaluate this run (its folder, "latest", or a checkpoint) instead of training
-    eval_episodes: int = 100  # test episodes, with --evaluate and after training (there also as many to choose)
+    eval_episodes: int = 100  # test episodes, with --evaluate and after training (to choose: as many, or 20)
     eval_max_steps: int = 10_000  # ends an evaluation episode of an environment without a time limit
     capture_video: bool = False  # write an mp4 of an episode of the deterministic policy into the run's videos/
     track: bool = False  # also log to Weights and Biases (pip install wandb)

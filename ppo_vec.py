@@ -375,7 +375,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
         errors = gae(*steps, args.gamma, args.value_lambda)
     returns = errors + rollout.values
     batch = {
-        "obs": agent.normalizer(rollout.obs[:-1]), "actions": rollout.actions, "logprobs": rollout.logprobs,
+        "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
         "returns": returns, "values": rollout.values,
     }  # fmt: skip
     batch = {name: rows.flatten(0, 1).to(state.device) for name, rows in batch.items()}
@@ -429,7 +429,7 @@ def descend(
 class Rollout:
     """What the environments did in num_steps steps, and what `collect` makes of it. T = num_steps, N = num_envs.
 
-    On the CPU; what the networks need for all rows is on their device: obs, actions and logprobs.
+    On the CPU; what the networks need for all rows is on their device: both kinds of obs, actions and logprobs.
     """
 
     obs: Tensor  # (T + 1, N, obs_dim + extra_dim) raw, float64; the last row is the observation after the rollout
@@ -440,6 +440,7 @@ class Rollout:
     truncated: Tensor  # (T, N) bool
     restarted: Tensor  # (N,) bool; a new episode began before row 0, because the old one could not be replayed
     episodes: list[dict[str, Any]]  # those that ended, in order, see Worker.rollout
+    normalized_obs: Tensor | None = None  # (T + 1, N, obs_dim + extra_dim), for the networks
     logprobs: Tensor | None = None  # (T, N) of the policy that acted
     values: Tensor | None = None  # (T, N)
     next_values: Tensor | None = None  # (T, N), see gae
@@ -480,7 +481,7 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     state.global_step += args.batch_size * world_size()
     rollout.rewards = training_rewards(state, rollout, args)
     rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
-    x = agent.normalizer(rollout.obs)
+    rollout.normalized_obs = x = agent.normalizer(rollout.obs)
     rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
     values = agent.value(x).cpu()  # gae has many small steps, which a GPU would be slow to start
     rollout.values, rollout.next_values = values[:-1], values[1:].clone()

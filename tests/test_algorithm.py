@@ -87,7 +87,7 @@ def fake_rollout(state: State, seed: int = 0) -> Rollout:
         torch.zeros(N, dtype=torch.bool), [],
     )  # fmt: skip
     with torch.no_grad():
-        x = agent.normalizer(rollout.obs)
+        rollout.normalized_obs = x = agent.normalizer(rollout.obs)
         values = agent.value(x) + normal(T + 1, N)
         rollout.logprobs = log_prob(agent, x[:-1], rollout.actions) + 0.2 * normal(T, N)
     rollout.values, rollout.next_values = values[:-1], torch.where(rollout.truncated, normal(T, N), values[1:])

@@ -56,7 +56,7 @@ def fake_rollout(state: State, seed: int) -> Rollout:
     flags = (torch.rand(T, N, generator=rng) < 0.1 for _ in range(2))
     rollout = Rollout(obs, normal(T, N, 5), actions, normal(T, N), *flags, torch.zeros(N, dtype=torch.bool), [])
     with torch.no_grad():
-        x = state.agent.normalizer(obs)
+        rollout.normalized_obs = x = state.agent.normalizer(obs)
         values = state.agent.value(x).cpu() + normal(T + 1, N)
         logprobs, _ = state.agent.distribution.log_prob_entropy(state.agent.policy(x[:-1]), actions)
     rollout.logprobs = logprobs + 0.02 * normal(T, N).to(state.device)

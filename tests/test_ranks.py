@@ -131,7 +131,8 @@ def one_update(columns):
                               torch.zeros(N, dtype=torch.bool), [])
     rollout.rewards = ppo_vec.scale_rewards(state, rollout.rewards, rollout, 0.9)
     rollout.values, rollout.next_values = normal(T, 4), normal(T, 4)
-    x = state.agent.normalizer(rollout.obs[:-1])
+    rollout.normalized_obs = state.agent.normalizer(rollout.obs)
+    x = rollout.normalized_obs[:-1]
     noise = 0.05 * normal(T, 4)
     with torch.no_grad():
         rollout.logprobs = state.agent.distribution.log_prob_entropy(state.agent.policy(x), rollout.actions)[0] + noise

@@ -559,6 +559,9 @@ class Options(Args):
     capture_video: bool = False  # write an mp4 of an episode of the deterministic policy into the run's videos/
     track: bool = False  # also log to Weights and Biases (pip install wandb)
     num_workers: int | None = None  # processes that share the environments; default one per core; changes no result
+    start_method: Literal["fork", "spawn"] = (
+        "fork" if sys.platform == "linux" else "spawn"
+    )  # spawn is safe beside threads
     worker_timeout: float = 60.0  # seconds without a step after which a worker counts as hung and is replaced
 
     final_gamma: float | None = None  # gamma once the goal is near, see scheduled(); default: constant
@@ -766,7 +769,7 @@ def make_env(args: Options, published: bool = False, render_mode: str | None = N
 
 def make_task(args: Options) -> Task:
     """Tries the environment in a process of its own. Raises UserError, saying why, if we cannot train on it."""
-    context = multiprocessing.get_context(START_METHOD)
+    context = multiprocessing.get_context(args.start_method)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=rehearse, args=(args, theirs))
     process.start()
@@ -821,8 +824,9 @@ def inspect_env(args: Options) -> Task:
             if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
                 raise ValueError("it has no render mode rgb_array")
             take_steps(env)
-            if args.capture_video:
-                render_frame(env)
+            display = "" if os.environ.get("DISPLAY") else " (there is no display; MUJOCO_GL=egl may help)"
+            with refuse(f"it cannot be rendered{display}"):
+                _ = args.capture_video and render_frame(env)
     limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
     bounds = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
     return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, *bounds, limit, goal)
@@ -1207,8 +1211,6 @@ def block_signals(block: bool) -> None:
         signal.pthread_sigmask(how, (signal.SIGINT, signal.SIGTERM))
 
 
-# Forking takes a tenth of a second, spawning many (each worker imports torch). macOS cannot fork safely.
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 STARTING = 120.0  # seconds that the start of a worker may take, whatever --worker-timeout
 CLOSING = 5.0  # seconds that workers have to close their environments
 MAX_FAULTS = 3  # attempts at one rollout or evaluation before a run gives up
@@ -1233,7 +1235,7 @@ class VecEnv(AsyncVectorEnv):
             "beats": ((self.num_workers,), np.int64),
         }  # fmt: skip
         # Unnamed memory, which no crash can leave behind.
-        array = multiprocessing.get_context(START_METHOD).RawArray
+        array = multiprocessing.get_context(args.start_method).RawArray
         self.shared = {name: (array("b", max(1, np.empty(*spec).nbytes)), *spec) for name, spec in specs.items()}
         self.data = open_shared(self.shared)
         self.processes, self.parent_pipes, self.closed, self.restarts = [], [], True, 0
@@ -1244,14 +1246,14 @@ class VecEnv(AsyncVectorEnv):
         common = self.args, self.task, self.shared, self.snapshot
         workers = [functools.partial(Worker, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))]
         self.data.beats[...], self.closed = 0, False
-        if START_METHOD == "spawn":  # its start would unblock them
+        if self.args.start_method == "spawn":  # its start would unblock them
             resource_tracker.ensure_running()
         block_signals(True)  # until a worker has its own handlers
         try:
             with refuse("cannot start the workers; fewer --num-workers, or a higher ulimit, may help", TrainingError):
                 super().__init__(
                     [functools.partial(gym.Env.__new__, Worker)] * len(workers),  # only the first shows its spaces
-                    shared_memory=False, context=START_METHOD, worker=functools.partial(worker_main, workers),
+                    shared_memory=False, context=self.args.start_method, worker=functools.partial(worker_main, workers),
                     autoreset_mode=AutoresetMode.DISABLED, daemon=False,  # a daemon may start no processes
                 )  # fmt: skip
         except TrainingError:
@@ -2401,9 +2403,12 @@ def plot_learning_curve(folder: Path, state: State, log: Log) -> None:
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 # What may change on --evaluate, and on --resume: the rest would make it another run. And what no checkpoint decides.
-CHOSEN = {"num_workers", "worker_timeout", "capture_video", "eval_episodes", "eval_max_steps", "evaluate", "runs_dir"}
+CHOSEN = {
+    "num_workers", "start_method", "worker_timeout", "capture_video", "eval_episodes", "eval_max_steps", "evaluate",
+    "runs_dir",
+}  # fmt: skip
 CHANGEABLE = CHOSEN | {"total_timesteps", "track", "cuda", "resume"}
-UNTRUSTED = {"track", "num_workers", "capture_video", "runs_dir", "run_name", "resume", "evaluate"}
+UNTRUSTED = {"track", "num_workers", "start_method", "capture_video", "runs_dir", "run_name", "resume", "evaluate"}
 GRACE = 5.0  # seconds that an iteration has to finish after a signal
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what their values must be, in words
     ("num_\\w+|total_timesteps|update_epochs|eval_\\w+", lambda v: v >= 1, "be at least 1"),

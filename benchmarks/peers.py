@@ -46,7 +46,7 @@ def sb3(agent: pv.Agent, args: pv.Options, kind: str) -> tuple[Any, Callable[[],
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-    kinds = {"DummyVecEnv": DummyVecEnv, "SubprocVecEnv": partial(SubprocVecEnv, start_method=pv.START_METHOD)}
+    kinds = {"DummyVecEnv": DummyVecEnv, "SubprocVecEnv": partial(SubprocVecEnv, start_method=pv.Options.start_method)}
     venv = VecNormalize(stock(kinds[kind], args), gamma=args.gamma)
     model = PPO(
         "MlpPolicy", venv, learning_rate=args.learning_rate, n_steps=args.num_steps, batch_size=args.minibatch_size,

@@ -247,7 +247,7 @@ def peer_training(bench: Bench, args: pv.Options, make: Callable, kind: Any) -> 
 
 def independent(bench: Bench, args: pv.Options) -> Iterator[float]:
     """The machine's real limit: processes with a worker's environments each, and the policy, that wait for no other."""
-    context, processes, pipes = multiprocessing.get_context(pv.START_METHOD), [], []
+    context, processes, pipes = multiprocessing.get_context(pv.Options.start_method), [], []
     bounds = np.linspace(0, args.num_envs, args.num_workers + 1).astype(int).tolist()
     try:
         for pair in itertools.pairwise(bounds):

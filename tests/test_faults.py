@@ -356,7 +356,7 @@ def test_signal_at_the_end_of_a_run(run: Path, undisturbed: Make, phase: str, en
 def test_interrupt_while_spawned_workers_import(run: Path) -> None:
     """Ctrl-C reaches them, too; they must not print a traceback for each."""
     args = in_folder(run, (*tiny(), "--env-id", "Pendulum-v1"))
-    trainer = faults.Trainer(*args, patch='ppo_vec.START_METHOD = "spawn"', start_new_session=True)
+    trainer = faults.Trainer(*args, "--start-method", "spawn", start_new_session=True)
 
     def spawned() -> int:
         text = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children").read_text()

@@ -36,6 +36,7 @@ class Point(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
     observation_space = gym.spaces.Box(-10, 10, (3,))
     action_space = gym.spaces.Box(-1, 1, (2,))
+    resets = 0  # of all
 
     def __init__(self, kind="", folder="", render_mode=None):
         self.kind, self.folder, self.render_mode = kind, folder, render_mode
@@ -64,6 +65,7 @@ class Point(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.x, self.t = np.zeros(3), 0
+        Point.resets += 1
         if self.kind == "draws":
             torch_number, space_number = float(torch.rand(())), self.action_space.sample()[0]
             self.x = np.array([np.random.uniform(), random.random(), torch_number + space_number])
@@ -88,6 +90,8 @@ class Point(gym.Env):
         reward, done, x = -float(abs(self.x[0])), self.t >= 15, np.clip(self.x, -10, 10)
         if self.kind == "far":
             x = 1.7e9 + x
+        if self.kind == "harder":
+            reward -= Point.resets
         if "fails" in self.kind and self.t == 7:
             raise ArithmeticError("the string is broken")
         if self.kind == "four":
@@ -103,6 +107,8 @@ class Point(gym.Env):
         return (x.tolist() if self.kind == "list" else x), reward, False, done, {}
 
     def render(self):
+        if self.kind == "no display":
+            raise RuntimeError("GLFW is not initialized")
         picture = np.full((16, 24, 3), 0.5)
         return {
             "rgb": (255 * picture).astype(np.uint8), "rgba": np.full((16, 24, 4), 127, np.uint8), "float": picture,
@@ -313,6 +319,16 @@ def test_no_picture_is_said_before_the_training(tmp_path: Path, kind: str, capfd
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_missing_display_names_mujoco_gl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    assert ppo_vec.main(flags(tmp_path, "no display", "--capture-video")) == 2
+    hint = "it cannot be rendered (there is no display; MUJOCO_GL=egl may help): GLFW is not initialized"
+    assert hint in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 # ---- Where it runs ---------------------------------------------------------------------------------------------------
 
 
@@ -383,6 +399,29 @@ def test_an_environment_gets_a_goal_while_its_run_is_interrupted(
     more = ["--env-id", "own_point:Point-v0", "--total-timesteps", "480"]  # the id: a checkpoint may not name code
     assert ppo_vec.main(["--resume", str(tmp_path / "runs" / "run"), *more]) == 0
     assert "% solved" in capfd.readouterr().err
+
+
+def test_an_environment_whose_state_outlives_its_episodes(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """On resume it begins at its easiest again: the same observations, other rewards."""
+    assert ppo_vec.main(flags(tmp_path, "harder", "--total-timesteps 160")) == 0  # in the middle of episodes
+    more = ["--env-id", "own_point:Point-v0", "--total-timesteps", "480"]
+    assert ppo_vec.main(["--resume", str(tmp_path / "runs" / "run"), *more]) == 0
+    assert "environments cannot be replayed; their episodes start anew" in capfd.readouterr().err
+
+
+def test_an_environment_of_the_users_own_script_reaches_spawned_workers(tmp_path: Path) -> None:
+    script = tmp_path / "mine.py"
+    where = f"{FLAGS} --env-id Mine-v0 --runs-dir {tmp_path / 'runs'} --run-name run --start-method spawn"
+    script.write_text(f"""
+import gymnasium as gym, sys, ppo_vec
+from own_point import Point
+gym.register("Mine-v0", entry_point=Point)
+if __name__ == "__main__":
+    sys.exit(ppo_vec.main({where.split()}))
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path)["finished"]
 
 
 def test_a_policy_can_be_pickled(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,12 +89,12 @@ class Args:
     num_envs: int = 16  # the number of environments stepped in parallel
     num_steps: int = 256  # steps of each environment per rollout
     learning_rate: float = 5e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
-    critic_learning_rate: float | None = None  # the critic's own learning rate; default --learning-rate
+    critic_learning_rate: float | None = None  # the critic's own learning rate; None: --learning-rate
     anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero
     anneal_share: float = 1.0  # over this last share of --total-timesteps
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
-    value_lambda: float | None = None  # the lambda of the critic's target; default --gae-lambda; 1: Monte Carlo returns
+    value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: Monte Carlo returns
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 10  # epochs over each rollout
     clip_coef: float = 0.2  # the clip range of the probability ratio
@@ -139,6 +139,10 @@ class Normalizer(nn.Module):
     processes it merges those of all.
     """
 
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
@@ -161,7 +165,7 @@ class Normalizer(nn.Module):
 
 def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequential:
     """Layers with orthogonal weights and no bias at first (37 details, no. 2)."""
-    layers: list[nn.Module] = []
+    layers: list[Any] = []
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes), start=2):
         layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation][0]()]
         nn.init.orthogonal_(layers[-2].weight, gain=math.sqrt(2) if i < len(sizes) else last_gain)
@@ -213,7 +217,7 @@ class Gaussian(nn.Module):
     @torch.no_grad()
     def keep_min_std(self) -> None:
         if self.min_std:
-            self.logstd.clamp_(min=math.log(self.min_std))
+            self.logstd.clamp_(min=math.log(self.min_std))  # type: ignore[union-attr]
 
     @staticmethod
     def noise(generator: torch.Generator, *shape: int) -> Tensor:
@@ -282,7 +286,7 @@ class Agent(nn.Module):
         sizes = obs_dim, *args.actor_hidden_sizes, self.distribution.outputs
         self.actor = mlp(sizes, args.activation, last_gain=0.01)
         self.critic = mlp((obs_dim + extra_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
-        self.distribution.initialize(self.actor[-1])
+        self.distribution.initialize(self.actor[-1])  # type: ignore[arg-type]
 
     def policy(self, x: Tensor) -> Tensor:
         """Normalised observations (..., obs_dim + extra_dim) -> the actor's output, for `distribution`."""
@@ -399,7 +403,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     return {**metrics, "explained_variance": explained}
 
 
-Minibatches = list[tuple[Tensor, Tensor]]  # indices of rows, and the normalised advantages of these, (B,) each
+Minibatches = Sequence[Sequence[Tensor]]  # pairs: indices of rows, and the normalised advantages of these, (B,) each
 
 
 def descend(
@@ -440,10 +444,11 @@ class Rollout:
     truncated: Tensor  # (T, N) bool
     restarted: Tensor  # (N,) bool; a new episode began before row 0, because the old one could not be replayed
     episodes: list[dict[str, Any]]  # those that ended, in order, see Worker.rollout
-    normalized_obs: Tensor | None = None  # (T + 1, N, obs_dim + extra_dim), for the networks
-    logprobs: Tensor | None = None  # (T, N) of the policy that acted
-    values: Tensor | None = None  # (T, N)
-    next_values: Tensor | None = None  # (T, N), see gae
+    # What `collect` adds:
+    normalized_obs: Tensor = field(init=False)  # (T + 1, N, obs_dim + extra_dim), for the networks
+    logprobs: Tensor = field(init=False)  # (T, N) of the policy that acted
+    values: Tensor = field(init=False)  # (T, N)
+    next_values: Tensor = field(init=False)  # (T, N), see gae
 
 
 def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
@@ -541,6 +546,9 @@ def train(
 
 # ---- Options, schedules, and the rewards that training uses ----------------------------------------------------------
 
+# Forking takes a tenth of a second, spawning many (each worker imports torch). macOS cannot fork safely.
+START_METHOD: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"
+
 
 @dataclass
 class Options(Args):
@@ -550,7 +558,7 @@ class Options(Args):
     env_kwargs: str = "{}"  # keyword arguments of the environment as JSON, such as '{"gravity": -5}'
     wrappers: tuple[str, ...] = ()  # functions that wrap the environment, as module:function (found on PYTHONPATH)
     runs_dir: str = "runs"  # the folder of the run folders
-    run_name: str | None = None  # the run folder's name; default {env_id}__ppo_vec__{seed}__{time}
+    run_name: str | None = None  # the run folder's name; None: {env_id}__ppo_vec__{seed}__{time}
     resume: str | None = None  # continue this run (its folder, or "latest")
     init_from: str | None = None  # begin a new run with the networks and the normaliser of this one (as --evaluate)
     evaluate: str | None = None  # evaluate this run (its folder, "latest", or a checkpoint) instead of training
@@ -558,17 +566,15 @@ class Options(Args):
     eval_max_steps: int = 10_000  # ends an evaluation episode of an environment without a time limit
     capture_video: bool = False  # write an mp4 of an episode of the deterministic policy into the run's videos/
     track: bool = False  # also log to Weights and Biases (pip install wandb)
-    num_workers: int | None = None  # processes that share the environments; default one per core; changes no result
-    start_method: Literal["fork", "spawn"] = (
-        "fork" if sys.platform == "linux" else "spawn"
-    )  # spawn is safe beside threads
+    num_workers: int | None = None  # processes that share the environments; None: one per core; changes no result
+    start_method: Literal["fork", "spawn"] = START_METHOD  # of these; spawn is slower, and safe beside threads
     worker_timeout: float = 60.0  # seconds without a step after which a worker counts as hung and is replaced
 
-    final_gamma: float | None = None  # gamma once the goal is near, see scheduled(); default: constant
+    final_gamma: float | None = None  # gamma once the goal is near, see scheduled(); None: constant
     swa_share: float = 0.0  # deliver the mean of the weights over this last share of training
     critic_progress: bool = False  # show the critic the episode's length and return so far; the policy never sees them
-    fall_reward: float | None = None  # the scaled reward of a fall (raw: -100) at the start; default: unchanged
-    final_fall_reward: float | None = None  # the same once the goal is near, see scheduled(); default: constant
+    fall_reward: float | None = None  # the scaled reward of a fall (raw: -100) at the start; None: unchanged
+    final_fall_reward: float | None = None  # the same once the goal is near, see scheduled(); None: constant
     action_cost: float = 0.0  # what training takes off the reward per unit of |action| once the goal is half reached
 
 
@@ -614,10 +620,10 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
     ratios, the action cost grows with the square until half of the way.
     """
     progress = min(global_step / args.total_timesteps, 1)
-    shown = progress if shown is None else shown
+    way = progress if shown is None else shown
 
     def geometric(start: float, end: float) -> float:
-        return start ** (1 - shown) * end**shown
+        return start ** (1 - way) * end**way
 
     left = min(1.0, (1 - progress) / args.anneal_share) if args.anneal_lr else 1.0
     fall, final_fall = args.fall_reward, args.final_fall_reward
@@ -627,8 +633,8 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
         critic_learning_rate=left * (args.critic_learning_rate or args.learning_rate),
         ent_coef=left * args.ent_coef,
         gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
-        fall_reward=fall if final_fall is None else -geometric(-fall, -final_fall),
-        action_cost=min(1, 2 * shown) ** 2 * args.action_cost,
+        fall_reward=fall if fall is None or final_fall is None else -geometric(-fall, -final_fall),
+        action_cost=min(1, 2 * way) ** 2 * args.action_cost,
     )
 
 
@@ -641,8 +647,8 @@ def note_returns(state: State, rollout: Rollout) -> None:
     for episode in rollout.episodes:
         before = episode["return"] if state.smoothed_return is None else state.smoothed_return
         state.smoothed_return = 0.98 * before + 0.02 * episode["return"]
-    if state.shown is not None and state.smoothed_return is not None:
-        state.shown = min(1.0, max(state.shown, state.smoothed_return / (0.95 * state.task.goal)))
+    if state.shown is not None and state.smoothed_return is not None and (goal := state.task.goal or 0) > 0:
+        state.shown = min(1.0, max(state.shown, state.smoothed_return / (0.95 * goal)))
 
 
 def training_rewards(state: State, rollout: Rollout, args: Options) -> Tensor:
@@ -698,7 +704,7 @@ class FlatAdam(torch.optim.Adam):
         self.step()
         return norm
 
-    def stop_beyond(self, target_kl: float, kl: Tensor) -> None:
+    def stop_beyond(self, target_kl: Any, kl: Tensor) -> None:
         """No more steps in this update where `kl`, the mean of all ranks, exceeds the target."""
         self.found_inf.masked_fill_(mean_of_ranks(kl, self.group) > target_kl, 1.0)
 
@@ -769,7 +775,7 @@ def make_env(args: Options, published: bool = False, render_mode: str | None = N
 
 def make_task(args: Options) -> Task:
     """Tries the environment in a process of its own. Raises UserError, saying why, if we cannot train on it."""
-    context = multiprocessing.get_context(args.start_method)
+    context: Any = multiprocessing.get_context(args.start_method)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=rehearse, args=(args, theirs))
     process.start()
@@ -809,7 +815,7 @@ def inspect_env(args: Options) -> Task:
     extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
     with refuse(what), warnings.catch_warnings(action="ignore"):  # of an outdated version: the error says it, too
-        env = make_env(args, published=True, render_mode="rgb_array" if args.capture_video else None)
+        env: Any = make_env(args, published=True, render_mode="rgb_array" if args.capture_video else None)
         obs, actions, spec = env.observation_space, env.action_space, env.spec  # a wrapper may have made no environment
     discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
     with closing(env):
@@ -828,11 +834,11 @@ def inspect_env(args: Options) -> Task:
             with refuse(f"it cannot be rendered{display}"):
                 _ = args.capture_video and render_frame(env)
     limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
-    bounds = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
-    return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, *bounds, limit, goal)
+    low, high = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
+    return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, low, high, limit, goal)
 
 
-def take_steps(env: gym.Env) -> None:
+def take_steps(env: Any) -> None:
     """A reset and three steps. Raises ValueError for what is not as Gymnasium has it, and does harm."""
 
     def check(what: str, value: Any, shape: tuple[int, ...]) -> None:
@@ -914,11 +920,11 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
     return np.asarray(env.reset(seed=seed)[0], np.float64).ravel()
 
 
-Steps = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # obs (n, obs_dim), rewards, terminated, truncated (n,)
+Steps = tuple[np.ndarray, ...]  # four: obs (n, obs_dim), rewards, terminated, truncated (n,)
 Episodes = list[tuple[float, int, bool]]  # (return, length, fell) of each
 
 
-def step_envs(envs: Sequence[gym.Env], actions: np.ndarray, beat: Callable[[], None] = lambda: None) -> Steps:
+def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None] = lambda: None) -> Steps:
     """Steps each environment with its row of env-ready actions (n, action_dim); `beat` is a sign of life."""
     if isinstance(envs[0], Walker):
         beat()
@@ -955,7 +961,7 @@ class Policy:
         logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
         self.obs_mean = weights["normalizer.mean"][:obs_dim].cpu().numpy()
         self.obs_scale = (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt().cpu().numpy()
-        arrays = [torch.empty(0) if logstd is None else logstd.exp()]
+        arrays: list[Any] = [torch.empty(0) if logstd is None else logstd.exp()]
         arrays += [w.t() for name, w in weights.items() if re.fullmatch(r"actor\.\d+\.(weight|bias)", name)]
         arrays = [array.detach().cpu().numpy().astype(np.float32, order="C") for array in arrays]
         self.std, *layers = arrays
@@ -1044,8 +1050,8 @@ class Worker(gym.Env):
     """
 
     observation_space = action_space = gym.spaces.Discrete(1)
-    envs: Sequence[gym.Env] = ()  # in training
-    playing: Sequence[gym.Env] = ()  # in an evaluation
+    envs: Any = ()  # a list of them, in training
+    playing: Any = ()  # the same in an evaluation
 
     def __init__(
         self, index: int, first: int, last: int, args: Options, task: Task, shared: Any, snapshot: Any
@@ -1129,7 +1135,7 @@ class Worker(gym.Env):
                 self.data.restarted[self.first + i] = True  # not the same here, as on another machine
                 self.obs[i] = self.begin(i, self.episode[i] + 1)
 
-    def replay(self, i: int, actions: Iterable[np.ndarray], expected_return: float) -> bool:
+    def replay(self, i: int, actions: Iterable[Tensor], expected_return: float) -> bool:
         """Takes the running episode of environment i to where it was; false if it comes to another place."""
         obs, running = self.begin(i, self.episode[i]), True
         for action in actions:
@@ -1178,18 +1184,19 @@ class Worker(gym.Env):
         return list(zip(returns.tolist(), lengths.tolist(), fell.tolist()))
 
 
-def worker_main(workers: list[Callable[[], Worker]], index: int, _: Any, *args: Any) -> None:
+def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *args: Any) -> None:
     """The process of a worker. It ends with its trainer, and never by a signal that is meant for the trainer.
 
     (The handlers do nothing; an ignored signal would be inherited by whatever an environment starts.)
     """
+    made: list[Worker]
     trainer, made = os.getppid(), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     block_signals(False)  # VecEnv.start blocks them
 
     def watch() -> None:  # a sibling may keep the pipe open that would have told that the trainer has gone
-        while os.getppid() == trainer and multiprocessing.parent_process().is_alive():
+        while os.getppid() == trainer and multiprocessing.parent_process().is_alive():  # type: ignore[union-attr]
             time.sleep(0.5)
         threading.Timer(CLOSING, os._exit, (1,)).start()
         for worker in made:
@@ -1243,7 +1250,7 @@ class VecEnv(AsyncVectorEnv):
     def start(self) -> None:
         """Starts the workers, and waits for none of them."""
         bounds = np.linspace(0, self.args.num_envs, self.num_workers + 1).astype(int).tolist()
-        common = self.args, self.task, self.shared, self.snapshot
+        common: tuple[Any, ...] = self.args, self.task, self.shared, self.snapshot
         workers = [functools.partial(Worker, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))]
         self.data.beats[...], self.closed = 0, False
         if self.args.start_method == "spawn":  # its start would unblock them
@@ -1305,7 +1312,7 @@ class VecEnv(AsyncVectorEnv):
     def wait(self) -> list[Any]:
         """All workers' results. Raises TrainingError if one failed, or takes no step for --worker-timeout."""
         beats, timeout = self.data.beats, self.args.worker_timeout
-        waiting = {pipe: i for i, pipe in enumerate(self.parent_pipes)}
+        waiting: dict[Any, int] = {pipe: i for i, pipe in enumerate(self.parent_pipes)}
         seen, since = beats.copy(), np.full(len(beats), time.monotonic())
         while waiting:
             for pipe in connection.wait(list(waiting), timeout=min(0.5, timeout / 4)):
@@ -1426,7 +1433,7 @@ class Walker(stock.BipedalWalker):
         # For each cell of the terrain, the polygons that rays from there can reach.
         left, right = polygons[:-1, :, 2].min(1) - 0.1, polygons[:-1, :, 2].max(1) + 0.1
         cells = np.arange(len(self.terrain_x))[:, None] * stock.TERRAIN_STEP
-        reach = (left < cells + stock.TERRAIN_STEP + stock.LIDAR_RANGE) & (right > cells)
+        reach: Any = (left < cells + stock.TERRAIN_STEP + stock.LIDAR_RANGE) & (right > cells)
         assert reach.sum(1).max(initial=0) <= NEAR_POLYGONS
         reach = np.pad(reach, ((0, 0), (0, NEAR_POLYGONS)))
         near = np.sort(np.where(reach, np.arange(reach.shape[1]), len(bodies)), axis=1)[:, :NEAR_POLYGONS]
@@ -1454,6 +1461,7 @@ def step_walkers(walkers: Sequence[Walker], actions: np.ndarray) -> Steps:
     obs = np.empty((n, 24), np.float32)
     progress, x, y = np.empty(n), [0.0] * n, [0.0] * n
     terminated, truncated, fell = np.zeros((3, n), bool)
+    hull: Any  # None, says gymnasium's hint, before the first reset
     for i, walker in enumerate(walkers):
         hull, joints, legs = walker.hull, walker.joints, walker.legs
         for joint, speed, torque in zip(joints, speeds[i], torques[i]):
@@ -1642,6 +1650,7 @@ class CudaGraph:
 
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.fixed: dict[str, Any] | None
         self.batch: dict[str, Tensor] = {}
         # (Never tried with several processes: no machine with two GPUs was at hand.)
         self.side, self.works, self.fixed = torch.cuda.Stream(), world_size() == 1, None
@@ -1664,7 +1673,7 @@ class CudaGraph:
             optimizer.param_groups[0]["lr"] = rate
         args = dataclasses.replace(args, ent_coef=ent_coef)
         self.step = functools.partial(self.one_minibatch, agent, optimizers, args)
-        totals = [0, 0]
+        totals: list[Any] = [0, 0]
         for minibatch in minibatches:
             for own, new in zip(self.minibatch, minibatch):
                 own.copy_(new)
@@ -1787,7 +1796,7 @@ class State:
     def gathered(self) -> dict[str, Any]:
         """state_dict with the environments of all ranks."""
         parts = all_ranks({**self.envs, "discounted_return": self.discounted_return})
-        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "actions"}
+        rows: dict[str, Any] = {k: torch.cat([part[k] for part in parts]) for k in parts[0] if k != "actions"}
         rows["actions"] = [chunks for part in parts for chunks in part["actions"]]
         return {**self.state_dict(), "discounted_return": rows.pop("discounted_return"), "envs": rows}
 
@@ -1962,7 +1971,7 @@ def read_checkpoint(where: str | Path, policy: bool = False, runs_dir: str = "ru
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         names = ["best.pt"] * policy + ["checkpoint.pt", "checkpoint.previous.pt"]
         paths = [path / name for name in names]
-    complaints = []
+    complaints: list[str] = []
     for path in filter(os.path.lexists, paths):
         try:
             tree = decode(read_file(path))
@@ -2323,12 +2332,11 @@ class Log:
             values["charts/fall_rate"] = float(np.mean([e["fell"] for e in rollout.episodes]))
         self.scalars(state.global_step, values)
         self.flush()
-        if state.device.type == "cuda" and state.global_step == self.steps_before + 3 * size:
+        if isinstance(state.descend_both, CudaGraph) and state.global_step == self.steps_before + 3 * size:
             where = f"on the GPU, {'as a CUDA graph' if state.descend_both.graph else 'without a CUDA graph'}"
             cpu_s = state.descend_both.cpu_seconds(state.agent, now)
-            say(
-                f"a rollout takes {rollout_s:.3f} s, an update {update_s:.3f} s {where}; on the CPU about {cpu_s:.3f} s"
-            )
+            took = f"a rollout takes {rollout_s:.3f} s, an update {update_s:.3f} s"
+            say(f"{took} {where}; on the CPU about {cpu_s:.3f} s")
             if cpu_s < update_s:
                 say("warning: these networks are so small that training is faster without --cuda")
         with contextlib.suppress(OSError):  # stderr may be a file on a full disk
@@ -2431,7 +2439,7 @@ def validate(args: Options) -> None:
         for pattern, holds, words in RULES:
             if re.fullmatch(pattern, f.name) and value is not None and not holds(value):
                 raise UserError(f"{flag(f.name)} must {words}, not {value!r}")
-    for holds, message in (
+    for good, message in (
         (args.final_gamma is None or max(args.gamma, args.final_gamma) < 1, "--final-gamma needs both gammas below 1"),
         (args.final_fall_reward is None or args.fall_reward is not None, "--final-fall-reward needs --fall-reward"),
         (not (args.min_std and args.state_dependent_std), "--min-std and --state-dependent-std exclude each other"),
@@ -2440,7 +2448,7 @@ def validate(args: Options) -> None:
         (args.minibatch_size > 1, "--num-minibatches leaves one sample a minibatch: no advantage to normalise"),
         (args.resume is None or args.evaluate is None, "--resume and --evaluate exclude each other"),
     ):
-        if not holds:
+        if not good:
             raise UserError(message)
 
 
@@ -2476,7 +2484,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         tuned = Options(env_id=env_id, **TUNED.get(env_id, {}))
         args = dataclasses.replace(tyro.cli(Options, args=argv, default=tuned), env_id=env_id)
         validate(args)
-        begin = args.init_from and read_checkpoint(args.init_from, policy=True, runs_dir=args.runs_dir)[1]
+        begin = None if args.init_from is None else read_checkpoint(args.init_from, True, args.runs_dir)[1]
         return args, None, begin
     path, tree = read_checkpoint(where, policy=first.evaluate is not None, runs_dir=first.runs_dir)
     saved = saved_args(tree, policy=first.evaluate is not None)

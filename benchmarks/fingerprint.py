@@ -55,26 +55,33 @@ def fingerprint(run: Path) -> str:
     return f"{weights.hexdigest()[:16]} {episodes.hexdigest()[:16]}"
 
 
+class WithoutHints(ast.NodeTransformer):
+    """`x: int = 1` is as `x = 1`, and a bare `x: int` as nothing."""
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        return ast.copy_location(ast.Assign([node.target], node.value), node) if node.value else None
+
+
 def parts(source: str, names: Iterable[str]) -> dict[str, str]:
     """8 digits of a SHA-256 of each of these functions, classes (or Class.method) and constants, and of all they use.
 
     Comments, docstrings, messages (f-strings, and strings with a space) and type hints do not count.
     """
-    tree, defined = ast.parse(source), {}
+    tree, defined = WithoutHints().visit(ast.parse(source)), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
         if isinstance(node, ast.FunctionDef):
             node.returns = None
-        elif isinstance(node, ast.arg | ast.AnnAssign):
-            node.annotation = ast.Constant("")
+        elif isinstance(node, ast.arg):
+            node.annotation = None
         elif isinstance(node, ast.JoinedStr):
             node.values = []
         elif isinstance(node, ast.Constant) and " " in str(node.value):
             node.value = ""
     for node in tree.body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        found = [name.id for target in filter(None, targets) for name in ast.walk(target) if isinstance(name, ast.Name)]
+        targets = getattr(node, "targets", ())
+        found = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
         defined |= dict.fromkeys([node.name] if hasattr(node, "name") else found, node)
         if isinstance(node, ast.ClassDef):
             defined |= {f"{node.name}.{method.name}": method for method in node.body if hasattr(method, "name")}

@@ -182,7 +182,9 @@ class Trainer:
 
     def other(self): return OTHER
 
-def helper(x): return SIZE * x
+def helper(x):
+    y = SIZE * x
+    return y
 
 def main(): return Trainer().step(2)
 """
@@ -198,6 +200,8 @@ def main(): return Trainer().step(2)
         ("'Takes a step.'", "", set()),
         ('f"no {x}", "a message"', 'f"{x}?", "another message"', set()),
         ("x: int) -> int", "x: float) -> float", set()),
+        ("y = SIZE", "y: int = SIZE", set()),
+        ("def step(", "x: int\n\n    def step(", set()),
         ("def other(self): return OTHER", "def other(self): return 1", set()),
         ("step(2)", "step(3)", set()),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -307,3 +308,11 @@ def test_citation_names_the_version() -> None:
     assert citation["license"] == project["license"]
     for name in (".pre-commit-config.yaml", ".github/workflows/test.yml"):
         assert yaml.safe_load((ROOT / name).read_text())
+
+
+def test_the_types_are_right(tmp_path: Path) -> None:
+    """As in CONTRIBUTING.md, whatever an earlier run has cached."""
+    pytest.importorskip("mypy", reason="needs mypy: pip install -e .[dev]")
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -415,12 +415,11 @@ def descend(
     for inds, advantages in minibatches:
         mb = {name: rows[inds] for name, rows in batch.items()} | {"advantages": advantages}
         loss, metrics = loss_of(agent, mb, args)
-        limited = args.target_kl is not None and "approx_kl" in metrics
-        if limited:  # before the step, so that none is taken on a policy that has gone too far already (SB3)
+        if args.target_kl is not None and "approx_kl" in metrics:  # no step from a policy that has gone too far (SB3)
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{loss_of.__name__}_grad_norm"] = norm = optimizer.minimize(loss, args.max_grad_norm)
         row = torch.stack([torch.ones_like(norm), *metrics.values()])
-        sums = sums + (row.masked_fill(optimizer.found_inf > 0, 0.0) if limited else row)
+        sums = sums + row.masked_fill(optimizer.found_inf > 0, 0.0)  # a step that is not taken does not count
         if optimizer.stopped():
             break
     return dict(zip(("steps", *metrics), sums))

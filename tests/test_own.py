@@ -415,12 +415,14 @@ def test_an_environment_of_the_users_own_script_reaches_spawned_workers(tmp_path
     script.write_text(f"""
 import gymnasium as gym, sys, ppo_vec
 from own_point import Point
+print("this is", __name__)
 gym.register("Mine-v0", entry_point=Point)
 if __name__ == "__main__":
     sys.exit(ppo_vec.main({where.split()}))
 """)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("this is __mp_main__") == 3  # two workers, and the one that tries the environment
     assert tree(tmp_path)["finished"]
 
 

@@ -2166,11 +2166,14 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tupl
 
 
 def say(message: str) -> None:
-    """One line on stderr, above a progress bar if there is one; of rank 0 only."""
+    """One line on stderr, above a progress bar if there is one, and in the run's log.txt; of rank 0 only."""
+    import logging
+
     from tqdm import tqdm
 
     if rank():
         return
+    logging.getLogger("ppo_vec").info(message)
     with contextlib.suppress(OSError):  # a log file on a full disk, a terminal that has gone
         tqdm.write(message, file=sys.stderr)
 
@@ -2610,6 +2613,8 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
 @contextlib.contextmanager
 def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
     """Names and makes the run folder, and keeps other processes out of it. Gives the arguments with its name."""
+    import logging
+
     from filelock import FileLock  # torch depends on it
 
     if rank():  # rank 0 alone writes what stays
@@ -2630,7 +2635,22 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
     with lock:
         if new and any(file.suffix == ".pt" or file.name == "summary.json" for file in folder.iterdir()):
             raise UserError(f"{folder} already holds a run; --resume {folder} continues it")
-        yield dataclasses.replace(args, run_name=name), folder
+        logger = logging.getLogger("ppo_vec")
+        with refuse(f"cannot write the run folder {folder}"):
+            handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: stderr has it, too
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        try:
+            yield dataclasses.replace(args, run_name=name), folder
+        except Exception as error:
+            logger.error(f"error: {error}")
+            raise
+        finally:
+            logger.removeHandler(handler)
+            with contextlib.suppress(OSError):
+                handler.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2660,8 +2680,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             number = (
                 train(args, task, folder, tree) if path else train(args, task, folder, agent=tree and tree["agent"])
             )
-        if number is not None:
-            say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}")
+            if number is not None:
+                say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}")
         return 128 + number if number is not None else 0
     except (UserError, TrainingError) as error:
         print(f"ppo_vec.py: error: {f'rank {rank()}: ' * (world_size() > 1)}{error}", file=sys.stderr)

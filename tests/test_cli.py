@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import math
 import multiprocessing.process
 import os
@@ -519,7 +520,8 @@ def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "name", ["episodes.csv", "events*", ".lock", "args.json.tmp", "best.pt", "checkpoint.previous.pt", "videos"]
+    "name",
+    ["episodes.csv", "events*", ".lock", "args.json.tmp", "best.pt", "checkpoint.previous.pt", "videos", "log.txt"],
 )
 def test_a_link_in_a_run_folder(name: str, tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
     """Its victim keeps its content: nothing begins."""
@@ -697,6 +699,47 @@ def test_shortest_run(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> Non
     assert "Traceback" not in err
     assert fingerprint(tmp_path / "run")["episodes"] == []
     assert seen == [True]
+
+
+def test_log_txt(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """What stderr says, with the time, and the error that a run ends with; a resumed run goes on in it."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(ppo_vec, "GRACE", 600)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_vec, "should_save", stop_at(50))
+        assert train(run) == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_vec, "collect", fail_with(ppo_vec.TrainingError("the spring broke")))
+        assert main("--resume", run) == 1
+    said = capsys.readouterr().err
+    assert main("--resume", run) == 0
+    said += capsys.readouterr().err
+    lines = (run / "log.txt").read_text().splitlines()
+    times, messages = zip(*((line[:23], line[24:]) for line in lines), strict=True)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", time) for time in times)
+    assert list(times) == sorted(times)
+    shown = [line.removeprefix("ppo_vec.py: ") for line in said.splitlines() if line.strip() and "%|" not in line]
+    assert list(messages) == shown
+    assert [line for line in messages if line.startswith(("error", "stopped"))] == [
+        f"stopped by SIGTERM; continue with: --resume {run}", "error: the spring broke",
+    ]  # fmt: skip
+    assert not logging.getLogger("ppo_vec").handlers
+
+
+def test_log_txt_on_a_full_disk(tmp_path: Path, capsys: Capture) -> None:
+    """The run goes on without it, and quietly. A folder in its place is refused."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.txt").mkdir()
+    assert_one_line(train(run), capsys.readouterr(), f"cannot write the run folder {run}", "log.txt")
+    (run / "log.txt").rmdir()
+    real = logging.FileHandler
+    with faults.replaced_attribute(logging, "FileHandler", lambda *_, **__: real("/dev/full")):
+        assert train(run) == 0
+    err = capsys.readouterr().err
+    assert "delivered: " in err
+    assert "Traceback" not in err
+    assert "Error" not in err
 
 
 def test_cuda_that_cannot_be_used(tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:

@@ -2118,8 +2118,7 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     say(f"delivered: {what}: {summary_text(result)}")
     falls = float(np.mean([fell for *_, fell in test]))
     log.scalars(step, {"test/return": result["mean"], "test/fall_rate": falls, "test/last_return": last_result["mean"]})
-    rows = [f"{TEST_SEEDS + i},{ret!r},{length},{fell}\n" for i, (ret, length, fell) in enumerate(test)]
-    write_file(folder / "evaluation.csv", "".join(("seed,return,length,fell\n", *rows)).encode())
+    write_episodes(folder, test)
     if args.capture_video:
         policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
         path, strip = record_video(args, policy, folder, TEST_SEEDS)
@@ -2127,6 +2126,12 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
         say(f"video: {path}")
     state.finished = True
     write_results(envs, state, folder, result, last_result)
+
+
+def write_episodes(folder: Path, episodes: Episodes) -> None:
+    """evaluation.csv: one row a test episode. Raises TrainingError."""
+    rows = [f"{TEST_SEEDS + i},{ret!r},{length},{fell}\n" for i, (ret, length, fell) in enumerate(episodes)]
+    write_file(folder / "evaluation.csv", "".join(("seed,return,length,fell\n", *rows)).encode())
 
 
 def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tuple[Path, bytes]:
@@ -2530,7 +2535,13 @@ def choose_device(args: Args) -> torch.device:
 
 
 def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) -> None:
-    """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints the result."""
+    """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints the result.
+
+    Its files go into a folder of their own: the run's are those of its own test, and may be another's.
+    """
+    target = Path(args.runs_dir) / f"{folder.resolve().name}__evaluation__{time.time_ns() // 10**6}"
+    with refuse(f"cannot make the folder {target}; --runs-dir names another place"):
+        target.mkdir(parents=True)
     workers = args.num_workers or usable_cores()
     args = dataclasses.replace(args, num_envs=max(args.num_envs, workers), num_workers=workers, num_steps=1)
     seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
@@ -2547,8 +2558,10 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     counts, edges = np.histogram(returns, bins=10)
     for count, edge in zip(counts, edges):
         print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / max(counts))} {count}")
+    write_episodes(target, episodes)
     if args.capture_video:
-        print(f"video: {record_video(args, policy_of(tree), folder, TEST_SEEDS)[0]}")
+        print(f"video: {record_video(args, policy_of(tree), target, TEST_SEEDS)[0]}")
+    print(f"episodes: {target / 'evaluation.csv'}")
 
 
 def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> None:

@@ -63,6 +63,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Patch) -> None:
+    """An evaluation writes below the working directory."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("working directory"))
+
+
 def train(run: Path, *args: str) -> int:
     return ppo_vec.main([*(args or tiny()), "--runs-dir", str(run.parent), "--run-name", run.name])
 
@@ -515,7 +521,8 @@ def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkey
     found = json.loads((run / "args.json").read_text())["args"]
     assert [found[name] for name in wanted] == [False, None, False, str(tmp_path), "run"]
     assert read(run / "checkpoint.pt")["global_step"] == 160
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "runs"}
+    assert [path.name for path in Path("runs").glob("*/*")] == ["evaluation.csv"]
     assert not (run / "videos").exists()
 
 
@@ -788,13 +795,16 @@ def test_evaluate(trained: Path, capsys: Capture) -> None:
     outputs = []
     for extra in ([], ["--num-workers", "1"], ["--eval-episodes", "3"]):
         assert main("--evaluate", trained, *extra) == 0
-        outputs.append(capsys.readouterr().out)
+        outputs.append(re.sub("__[0-9]+/", "/", capsys.readouterr().out))
     assert outputs[0] == outputs[1]
+    files = [path.read_bytes() for path in sorted(Path("runs").glob("walker__evaluation__*/evaluation.csv"))]
+    assert files[0] == files[1] == (trained / "evaluation.csv").read_bytes()
+    assert (len(files), files[2].count(b"\n"), files[2].startswith(files[0])) == (3, 4, True)
     summary = json.loads((trained / "summary.json").read_text())
     assert f"{summary['eval_mean']:.1f} +- {summary['eval_std']:.1f}" in outputs[0]
     assert "deterministic" in outputs[0]
     assert "3 episodes" in outputs[2]
-    episodes = [[int(line.split()[-1]) for line in output.splitlines()[2:]] for output in outputs]
+    episodes = [[int(line.split()[-1]) for line in output.splitlines()[2:-1]] for output in outputs]
     assert [(len(counts), sum(counts)) for counts in episodes] == [(10, 2), (10, 2), (10, 3)]
     falls = [row["fell"] for row in csv.DictReader((trained / "evaluation.csv").read_text().splitlines())].count("True")
     assert f", {falls} falls;" in outputs[0]
@@ -824,10 +834,17 @@ def test_capture_video(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> N
     assert len(pictures) == 201  # the whole episode of 200 steps
     assert pictures[0].shape == (500, 500, 3)
     assert any((picture != pictures[0]).any() for picture in pictures), "a still"
-    path.unlink()
-    assert main("--evaluate", run, "--capture-video") == 0
-    assert f"video: {path}\n" in capsys.readouterr().out
-    assert [file.name for file in (run / "videos").iterdir()] == [path.name]
+    before = digests(run)
+    assert main("--evaluate", run, "--capture-video", "--runs-dir", tmp_path / "films") == 0
+    *_, video, episodes = capsys.readouterr().out.splitlines()
+    (folder,) = (tmp_path / "films").iterdir()
+    assert re.fullmatch(r"pendulum__evaluation__\d{13}", folder.name)
+    assert video == f"video: {folder / 'videos' / path.name}"
+    assert episodes == f"episodes: {folder / 'evaluation.csv'}"
+    assert (folder / "videos" / path.name).read_bytes() == path.read_bytes()
+    assert (folder / "evaluation.csv").read_bytes() == (run / "evaluation.csv").read_bytes()
+    assert sorted(file.name for file in folder.rglob("*")) == [path.name, "evaluation.csv", "videos"]
+    assert digests(run) == before, "the run has changed"
 
     monkeypatch.setattr(imageio, "get_writer", fail_with(OSError("no space\nleft")))  # it takes nothing with it
     assert train(tmp_path / "other", *args.split(), "--capture-video") == 1
@@ -836,7 +853,17 @@ def test_capture_video(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> N
     assert main("--evaluate", tmp_path / "other", "--capture-video") == 1
     captured = capsys.readouterr()
     assert "Pendulum-v1, deterministic: " in captured.out
-    assert captured.err.splitlines()[-1] == last
+    assert re.search(rf"cannot write runs/other__evaluation__\d+/videos/{path.name}: no space left$", captured.err)
+
+
+def test_evaluation_that_cannot_be_written(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """It is told before it has cost anything."""
+    (tmp_path / "file").touch()
+    with faults.replaced_attribute(ppo_vec.VecEnv, "start", fail_with(AssertionError("workers were started"))):
+        code = main("--evaluate", tiny_run, "--runs-dir", tmp_path / "file")
+    assert_one_line(
+        code, capsys.readouterr(), f"cannot make the folder {tmp_path}/file/tiny__evaluation__", "--runs-dir"
+    )
 
 
 def test_track_logs_to_wandb(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -867,13 +894,16 @@ def test_interrupted_evaluation_is_quiet(trained: Path) -> None:
 # ---- --resume --------------------------------------------------------------------------------------------------------
 
 
-def test_resuming_a_finished_run_changes_nothing(tiny_run: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_resuming_a_finished_run_changes_nothing(
+    tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     before = digests(tiny_run)
     monkeypatch.chdir(tiny_run)
     for where in (tiny_run, tiny_run / "checkpoint.pt", "."):
         assert main("--resume", where) == 0
         assert "is finished; a longer --total-timesteps" in capsys.readouterr().err
-    assert main("--evaluate", "checkpoint.pt") == 0
+    assert main("--evaluate", "checkpoint.pt", "--runs-dir", tmp_path) == 0
+    assert [path.name.rstrip("0123456789") for path in tmp_path.iterdir()] == ["tiny__evaluation__"]
     assert digests(tiny_run) == before
 
 

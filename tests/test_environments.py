@@ -382,7 +382,8 @@ def test_discrete_actions(tmp_path: Path) -> None:
     assert act(np.eye(3)).tolist() == [5, 6, 7]
     action = act(np.eye(3)[1])
     assert (type(action), action) == (np.int64, 6)
-    assert ppo_vec.main(["--evaluate", str(tmp_path / "one"), "--eval-episodes", "3"]) == 0
+    where = f"--evaluate {tmp_path / 'one'} --runs-dir {tmp_path}"
+    assert ppo_vec.main([*where.split(), "--eval-episodes", "3"]) == 0
 
 
 def test_the_first_minibatch_of_discrete_actions_has_ratio_1(monkeypatch: pytest.MonkeyPatch) -> None:

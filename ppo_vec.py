@@ -920,7 +920,7 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
 
 
 Steps = tuple[np.ndarray, ...]  # four: obs (n, obs_dim), rewards, terminated, truncated (n,)
-Episodes = list[tuple[float, int, bool]]  # (return, length, fell) of each
+Episodes = list[tuple[float, int, bool, float]]  # (return, length, fell, effort: see play_batch) of each
 
 
 def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None] = lambda: None) -> Steps:
@@ -1145,7 +1145,7 @@ class Worker(gym.Env):
         return running and np.array_equal(obs, self.obs[i]) and self.returns[i] == expected_return
 
     def play(self, seeds: list[int], share: range, workers: int, published: bool) -> list[tuple]:
-        """This worker's part of a share of evaluation episodes: (index into seeds, return, length, fell) of each.
+        """This worker's part of a share of evaluation episodes: index into seeds, and what play_batch says of each.
 
         Its environments are reused; but published walkers, whose world remembers earlier episodes, are made anew.
         """
@@ -1165,22 +1165,29 @@ class Worker(gym.Env):
         return episodes
 
     def play_batch(self, envs: list[gym.Env], seeds: list[int], offset: int) -> Episodes:
-        """One whole episode per environment, all at once, with the deterministic policy (`offset`: as in Policy)."""
+        """One whole episode per environment, all at once, with the deterministic policy (`offset`: as in Policy).
+
+        Its effort is the mean |action| of a step and joint, clipped, in units of the bounds; 0 for discrete actions.
+        """
         obs = np.zeros((len(envs), self.task.obs_dim))
         for i, (env, seed) in enumerate(zip(envs, seeds)):
             obs[i] = reset_env(env, seed)
             self.beat()
         returns, lengths, fell = np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs), bool)
         running, limit = np.arange(len(envs)), self.task.max_episode_steps or self.args.eval_max_steps
+        efforts = np.zeros(len(envs))
         while len(running):
-            actions = self.policy.env_action(self.policy.sample(obs, offset=offset))
+            means = self.policy.sample(obs, offset=offset)
+            if not self.task.discrete:
+                efforts[running] += np.abs(clip(means[running], -1, 1)).mean(-1)
+            actions = self.policy.env_action(means)
             some = [envs[i] for i in running]
             obs[running], rewards, terminated, truncated = step_envs(some, actions[running], self.beat)
             returns[running] += rewards
             lengths[running] += 1
             fell[running] = terminated & (rewards <= FALL)
             running = running[~(terminated | truncated) & (lengths[running] < limit)]
-        return list(zip(returns.tolist(), lengths.tolist(), fell.tolist()))
+        return list(zip(returns.tolist(), lengths.tolist(), fell.tolist(), (efforts / lengths).tolist()))
 
 
 def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *args: Any) -> None:
@@ -1370,10 +1377,10 @@ class VecEnv(AsyncVectorEnv):
             if not math.isfinite(ret):
                 raise TrainingError(f"the return of the evaluation episode with seed {seeds[i]} is {ret}")
         limit = self.args.eval_max_steps
-        cut = self.task.max_episode_steps is None and sum(length >= limit for _, _, length, _ in episodes)
+        cut = self.task.max_episode_steps is None and sum(length >= limit for _, _, length, *_ in episodes)
         if cut:
             say(f"warning: {cut} of {len(seeds)} episodes were cut off after {limit} steps (--eval-max-steps)")
-        return [(ret, length, fell) for _, ret, length, fell in episodes]
+        return [row[1:] for row in episodes]
 
 
 def usable_cores() -> int:
@@ -1758,7 +1765,7 @@ class State:
         self.train_time_s = 0.0  # rollouts and updates
         self.wall_time_s = 0.0  # with evaluations and files, until `started`; see wall_time()
         self.evaluations: list[dict[str, Any]] = []
-        row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0, False)], task.goal), "mean": -math.inf}
+        row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0, False, 0.0)], task.goal), "mean": -math.inf}
         self.best = {"agent": copy.deepcopy(self.agent.state_dict()), "evaluation": row}  # by periodic evaluations
         self.selection_episodes = 0  # evaluation episodes so far, each on a seed of its own
         self.selection_steps = 0  # their steps, without those that confirm a solve
@@ -2049,7 +2056,7 @@ def should_evaluate(state: State, args: Options) -> bool:
 def play_seeds(envs: VecEnv, state: State, weights: dict[str, Tensor], first: int, count: int, **how: Any) -> Episodes:
     """Episodes of the deterministic policy with these weights, on `count` seeds from `first` on."""
     episodes = envs.play(weights, list(range(first, first + count)), **how)
-    state.evaluation_steps += sum(length for _, length, _ in episodes)
+    state.evaluation_steps += sum(length for _, length, *_ in episodes)
     return episodes
 
 
@@ -2061,7 +2068,7 @@ def evaluate(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
         state.selection_episodes += count
         episodes += part
         if count < ROUNDS[-1]:
-            state.selection_steps += sum(length for _, length, _ in part)
+            state.selection_steps += sum(length for _, length, *_ in part)
         if goal is None or state.solved_at_step is not None or summarize(episodes, goal)["mean"] < goal:
             break
     else:  # confirmed only by episodes that had no part in the decision to look
@@ -2116,7 +2123,7 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     what = averaged if state.best is last else f"an earlier policy, of step {state.best['evaluation']['global_step']}"
     say(f"test on unseen episodes of the published environment: {averaged}: {summary_text(last_result)}")
     say(f"delivered: {what}: {summary_text(result)}")
-    falls = float(np.mean([fell for *_, fell in test]))
+    falls = float(np.mean([fell for _, _, fell, _ in test]))
     log.scalars(step, {"test/return": result["mean"], "test/fall_rate": falls, "test/last_return": last_result["mean"]})
     write_episodes(folder, test)
     if args.capture_video:
@@ -2130,7 +2137,7 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
 
 def write_episodes(folder: Path, episodes: Episodes) -> None:
     """evaluation.csv: one row a test episode. Raises TrainingError."""
-    rows = [f"{TEST_SEEDS + i},{ret!r},{length},{fell}\n" for i, (ret, length, fell) in enumerate(episodes)]
+    rows = [f"{TEST_SEEDS + i},{ret!r},{length},{fell}\n" for i, (ret, length, fell, _) in enumerate(episodes)]
     write_file(folder / "evaluation.csv", "".join(("seed,return,length,fell\n", *rows)).encode())
 
 
@@ -2551,9 +2558,10 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
             some = seeds[start : start + args.num_envs]
             episodes += envs.play(tree["agent"], some, published=True)
             bar.update(len(some))
-    returns, lengths, fell = np.array(episodes).T
-    text = summary_text(summarize(episodes, task.goal))
-    print(f"{args.env_id}, deterministic: {text}, mean length {lengths.mean():.0f}")
+    returns, lengths, fell, efforts = np.array(episodes).T
+    text = f"{summary_text(summarize(episodes, task.goal))}, mean length {lengths.mean():.0f}"
+    effort = "" if task.discrete else f", effort {efforts.mean():.2f}"
+    print(f"{args.env_id}, deterministic: {text}{effort}")
     print(f"highest {returns.max():.1f}, {int(fell.sum())} falls; episodes by return:")
     counts, edges = np.histogram(returns, bins=10)
     for count, edge in zip(counts, edges):

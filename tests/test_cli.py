@@ -813,6 +813,17 @@ def test_evaluate(trained: Path, capsys: Capture) -> None:
     assert digests(trained) == before
 
 
+@pytest.mark.parametrize(("mean", "effort"), [(0.25, "0.25"), (-3.0, "1.00")])
+def test_effort(mean: float, effort: str, tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The mean |action| in units of the bounds, which are 2, of a policy that always does the same."""
+    tree = read(tiny_run / "best.pt")
+    last = max(name for name in tree["agent"] if re.fullmatch(r"actor\.\d\.bias", name)).removesuffix("bias")
+    agent = tree["agent"] | {f"{last}weight": torch.zeros_like(tree["agent"][f"{last}weight"])}
+    (tmp_path / "best.pt").write_bytes(changed(tree, {**agent, f"{last}bias": torch.tensor([mean])}, "agent"))
+    assert main("--evaluate", tmp_path) == 0
+    assert f", mean length 20, effort {effort}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["BipedalWalker-v3", "BipedalWalkerHardcore-v3"])
 def test_policies_of_older_versions(name: str, capsys: Capture) -> None:
     """The committed ones were made by earlier versions, with other flags; they walk to the end."""

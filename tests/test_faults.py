@@ -629,7 +629,7 @@ def test_an_entry_of_another_kind_is_refused(path: str) -> None:
     """With a right digest: a file made by hand. An empty list is right where entries are added as a run goes on."""
     args = ppo_vec.Options(num_envs=2, actor_hidden_sizes=(4,), critic_hidden_sizes=(4,))
     state = ppo_vec.State(args, ppo_vec.make_task(args), torch.device("cpu"))
-    state.evaluations = [{"global_step": 9, "time_s": 9.0, **ppo_vec.summarize([(1.0, 9, False)], 300)}]
+    state.evaluations = [{"global_step": 9, "time_s": 9.0, **ppo_vec.summarize([(1.0, 9, False, 0.0)], 300)}]
     data = ppo_vec.encode(state.state_dict())
     keys = tuple(int(key) if key.isdigit() else key for key in path.split("/"))
     for value in ([], (), {}, None, torch.zeros(()), torch.zeros(3)):

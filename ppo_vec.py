@@ -920,7 +920,7 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
 
 
 Steps = tuple[np.ndarray, ...]  # four: obs (n, obs_dim), rewards, terminated, truncated (n,)
-Episodes = list[tuple[float, int, bool, float]]  # (return, length, fell, effort: see play_batch) of each
+Episodes = list[tuple[float, int, bool, float]]  # (return, length, fell, effort: mean |action|) of each
 
 
 def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None] = lambda: None) -> Steps:
@@ -1165,21 +1165,18 @@ class Worker(gym.Env):
         return episodes
 
     def play_batch(self, envs: list[gym.Env], seeds: list[int], offset: int) -> Episodes:
-        """One whole episode per environment, all at once, with the deterministic policy (`offset`: as in Policy).
-
-        Its effort is the mean |action| of a step and joint, clipped, in units of the bounds; 0 for discrete actions.
-        """
+        """One whole episode per environment, all at once, with the deterministic policy (`offset`: as in Policy)."""
         obs = np.zeros((len(envs), self.task.obs_dim))
         for i, (env, seed) in enumerate(zip(envs, seeds)):
             obs[i] = reset_env(env, seed)
             self.beat()
-        returns, lengths, fell = np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs), bool)
+        (returns, efforts), lengths = np.zeros((2, len(envs))), np.zeros(len(envs), int)
+        fell = np.zeros(len(envs), bool)
         running, limit = np.arange(len(envs)), self.task.max_episode_steps or self.args.eval_max_steps
-        efforts = np.zeros(len(envs))
         while len(running):
             means = self.policy.sample(obs, offset=offset)
             if not self.task.discrete:
-                efforts[running] += np.abs(clip(means[running], -1, 1)).mean(-1)
+                efforts[running] += np.abs(clip(means[running], -1, 1)).mean(-1)  # in units of the bounds
             actions = self.policy.env_action(means)
             some = [envs[i] for i in running]
             obs[running], rewards, terminated, truncated = step_envs(some, actions[running], self.beat)
@@ -1368,11 +1365,20 @@ class VecEnv(AsyncVectorEnv):
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
         return Rollout(**{name: torch.from_numpy(getattr(data, name)) for name in names}, episodes=episodes)
 
-    def play(self, weights: dict[str, Tensor], seeds: list[int], published: bool = False) -> Episodes:
-        """One episode per seed with the deterministic policy, a quota that favours no short ones (SB3 #402)."""
-        share = range(*(len(seeds) * i // world_size() for i in (rank(), rank() + 1)))
-        parts = all_ranks(self.call("play", weights, seeds, share, self.num_workers, published))
-        episodes = sorted(itertools.chain.from_iterable(itertools.chain(*parts)))
+    def play(self, weights: dict, seeds: list[int], published: bool = False, show: bool = False) -> Episodes:
+        """One episode per seed with the deterministic policy, a quota that favours no short ones (SB3 #402).
+
+        To `show` a progress bar, it plays in portions. These change no bit: a row keeps its place in its tile.
+        """
+        size = self.args.num_envs * world_size() if show else max(1, len(seeds))
+        episodes: list[Any] = []
+        with progress_bar(len(seeds), 0, "episode", show and sys.stderr.isatty()) as bar:
+            for start in range(0, len(seeds), size):
+                some = range(len(seeds))[start : start + size]
+                share = some[len(some) * rank() // world_size() : len(some) * (rank() + 1) // world_size()]
+                parts = all_ranks(self.call("play", weights, seeds, share, self.num_workers, published))
+                episodes += sorted(itertools.chain.from_iterable(itertools.chain(*parts)))
+                bar.update(len(some))
         for i, ret, *_ in episodes:
             if not math.isfinite(ret):
                 raise TrainingError(f"the return of the evaluation episode with seed {seeds[i]} is {ret}")
@@ -2100,7 +2106,7 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     first = SELECTION_SEEDS + state.selection_episodes
 
     def solves(policy: dict[str, Any], count: int) -> bool:
-        result = summarize(play_seeds(envs, state, policy["agent"], first, count), goal)
+        result = summarize(play_seeds(envs, state, policy["agent"], first, count, show=True), goal)
         policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **result}
         return goal is not None and result["mean"] >= goal
 
@@ -2115,9 +2121,9 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     state.evaluations.append(row)
     log.evaluation(state, row)
 
-    last_test = test = play_seeds(envs, state, last["agent"], TEST_SEEDS, args.eval_episodes, published=True)
+    last_test = test = play_seeds(envs, state, last["agent"], TEST_SEEDS, args.eval_episodes, published=True, show=True)
     if state.best is not last:
-        test = play_seeds(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True)
+        test = play_seeds(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True, show=True)
     last_result, result = summarize(last_test, goal), summarize(test, goal)
     averaged = "the mean of the last weights" if args.swa_share else "the last weights"
     what = averaged if state.best is last else f"an earlier policy, of step {state.best['evaluation']['global_step']}"
@@ -2190,12 +2196,14 @@ def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-def progress_bar(total: int, initial: int, unit: str) -> Any:
+def progress_bar(total: int, initial: int, unit: str, show: bool = True) -> Any:
+    """Of rank 0 only. One that counts episodes disappears when it is full."""
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no thread beside the forks
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no redrawing
-    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True, disable=rank() > 0)
+    how: Any = {"dynamic_ncols": True, "leave": unit == "step", "disable": rank() > 0 or not show}
+    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, **how)
 
 
 def should_save(state: State) -> bool:
@@ -2542,22 +2550,16 @@ def choose_device(args: Args) -> torch.device:
 
 
 def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) -> None:
-    """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints the result.
-
-    Its files go into a folder of their own: the run's are those of its own test, and may be another's.
-    """
+    """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints and writes it."""
+    # A folder of its own: the run's has the run's own test, and may be another's.
     target = Path(args.runs_dir) / f"{folder.resolve().name}__evaluation__{time.time_ns() // 10**6}"
     with refuse(f"cannot make the folder {target}; --runs-dir names another place"):
         target.mkdir(parents=True)
     workers = args.num_workers or usable_cores()
     args = dataclasses.replace(args, num_envs=max(args.num_envs, workers), num_workers=workers, num_steps=1)
     seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
-    envs, episodes = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim)), []
-    with closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
-        for start in range(0, len(seeds), args.num_envs):
-            some = seeds[start : start + args.num_envs]
-            episodes += envs.play(tree["agent"], some, published=True)
-            bar.update(len(some))
+    with closing(VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim))) as envs:
+        episodes = envs.play(tree["agent"], seeds, published=True, show=True)
     returns, lengths, fell, efforts = np.array(episodes).T
     text = f"{summary_text(summarize(episodes, task.goal))}, mean length {lengths.mean():.0f}"
     effort = "" if task.discrete else f", effort {efforts.mean():.2f}"
@@ -2661,17 +2663,15 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
             handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: stderr has it, too
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
+        logger.setLevel(logging.INFO), logger.addHandler(handler)
         try:
             yield dataclasses.replace(args, run_name=name), folder
         except Exception as error:
             logger.error(f"error: {error}")
             raise
         finally:
-            logger.removeHandler(handler)
             with contextlib.suppress(OSError):
-                handler.close()
+                logger.removeHandler(handler), handler.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -824,6 +824,35 @@ def test_effort(mean: float, effort: str, tiny_run: Path, tmp_path: Path, capsys
     assert f", mean length 20, effort {effort}\n" in capsys.readouterr().out
 
 
+def test_a_progress_bar_of_episodes(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """On a terminal, for the choice and the test after the training, and for --evaluate; then it disappears."""
+    bars, real = [], ppo_vec.progress_bar
+
+    def note(*given: Any) -> Any:
+        bars.append((*given, parts := []))
+        bar = real(*given)
+        update, bar.update = bar.update, lambda n: (parts.append(n), update(n))
+        return bar
+
+    monkeypatch.setattr(ppo_vec, "progress_bar", note)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    flags = *tiny(), "--num-envs", "2", "--num-steps", "20", "--eval-episodes", "5"
+    assert train(tmp_path / "run", *flags) == 0
+    episodes = [(total, show, parts) for total, _, unit, show, parts in bars[1:]]
+    assert bars[0][:3] == (120, 0, "step")
+    assert episodes[:1] == [(5, False, [5])], "a periodic evaluation has a bar"
+    assert len([True for _, show, _ in episodes if show]) >= 2
+    assert all((total, parts) == (5, [2, 2, 1]) for total, show, parts in episodes if show)
+    capsys.readouterr()
+    assert main("--evaluate", tmp_path / "run") == 0
+    *_, before, after = err = capsys.readouterr().err.split("\r")
+    assert any("0/5 [" in line for line in err)
+    assert (before.strip(), after, sum(bars[-1][-1])) == ("", "", 5)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    assert main("--evaluate", tmp_path / "run") == 0
+    assert capsys.readouterr().err == "", "a log file needs no bar that disappears"
+
+
 @pytest.mark.parametrize("name", ["BipedalWalker-v3", "BipedalWalkerHardcore-v3"])
 def test_policies_of_older_versions(name: str, capsys: Capture) -> None:
     """The committed ones were made by earlier versions, with other flags; they walk to the end."""
@@ -895,9 +924,9 @@ def test_track_logs_to_wandb(tmp_path: Path, monkeypatch: Patch) -> None:
     assert ended == [True]
 
 
-def test_interrupted_evaluation_is_quiet(trained: Path) -> None:
-    trainer = Trainer("--evaluate", str(trained), "--eval-episodes", "50000")
-    trainer.wait_for(lambda: "0/50000" in trainer.stderr())
+def test_interrupted_evaluation_is_quiet(trained: Path, tmp_path: Path) -> None:
+    trainer = Trainer("--evaluate", str(trained), "--eval-episodes", "50000", "--runs-dir", str(tmp_path))
+    trainer.wait_for(lambda: list(tmp_path.iterdir()) and trainer.workers())
     trainer.send(signal.SIGINT)
     assert trainer.finish().check(130).seconds < 60
 

@@ -445,6 +445,7 @@ def test_a_rows_place_in_its_tile_does_not_follow_the_workers(monkeypatch: pytes
     for num_workers in (1, 2, 3, 4):
         with trainer(dataclasses.replace(args, num_workers=num_workers), task=task) as (state, envs):
             results.append((*steps(state, envs, 2), envs.play(arrays, list(range(11)))))
+            assert envs.play(arrays, list(range(11)), show=True) == results[-1][-1]  # ten, and one
         assert_same(results[0], results[-1])
 
 
@@ -502,7 +503,8 @@ def test_evaluation_equals_published_environments_stepped_by_hand(env_id: str) -
                 expected = by_hand(task, args, arrays, seeds)
                 assert len(set(expected)) >= (6 if env_id == TOY else 7)
             for published in (True, False):
-                assert envs.play(arrays, seeds, published=published) == expected
+                for show in (True, False):
+                    assert envs.play(arrays, seeds, published, show) == expected
             assert envs.play(arrays, []) == []
 
 
@@ -640,7 +642,9 @@ class Contest:
         self.returns = self.tests = lambda policy, seed: float(policy)
         self.envs.play = self.play
 
-    def play(self, arrays: list[np.ndarray], seeds: list[int], published: bool = False) -> list[tuple]:
+    def play(
+        self, arrays: list[np.ndarray], seeds: list[int], published: bool = False, show: bool = False
+    ) -> list[tuple]:
         policy = round(float(arrays["actor.4.bias"][0]), 3)
         self.calls.append((policy, seeds, published))
         return [((self.tests if published else self.returns)(policy, seed), 7, False, 0.5) for seed in seeds]

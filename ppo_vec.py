@@ -2499,12 +2499,15 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
     for word in argv:
         if instead := ALIASES.get(word.partition("=")[0].replace("_", "-")):
             raise UserError(f"there is no {word.partition('=')[0]}; here it is {instead}")
-    first = tyro.cli(Options, args=[word for word in argv if word not in ("-h", "--help")])
+    examples = re.sub(" +# ", "\n        # ", "\n".join(re.findall("(?m)^    .*", __doc__ or "")))  # for 80 columns
+    words = f"{examples}\n\nTuned defaults depend on --env-id; what you type overrides them."
+    cli = functools.partial(tyro.cli, Options, description=words)
+    first = cli(args=[word for word in argv if word not in ("-h", "--help")])
     where = first.resume if first.evaluate is None else first.evaluate
     if where is None:
         env_id = next((name for name in TUNED if first.env_id == name.rsplit("-v", 1)[0]), first.env_id)
         tuned = Options(env_id=env_id, **TUNED.get(env_id, {}))
-        args = dataclasses.replace(tyro.cli(Options, args=argv, default=tuned), env_id=env_id)
+        args = dataclasses.replace(cli(args=argv, default=tuned), env_id=env_id)
         validate(args)
         begin = None if args.init_from is None else read_checkpoint(args.init_from, True, args.runs_dir)[1]
         return args, None, begin
@@ -2514,7 +2517,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         if code and getattr(first, name) != getattr(saved, name):
             words = saved.env_id if name == "env_id" else " ".join(saved.wrappers)
             raise UserError(f"{where} would import code; if you trust it, add {flag(name)} {words}")
-    args = tyro.cli(Options, args=argv, default=saved)
+    args = cli(args=argv, default=saved)
     validate(args)
     mode, changeable = ("evaluated", CHOSEN) if args.resume is None else ("resumed", CHANGEABLE)
     for f in dataclasses.fields(Options):

@@ -365,6 +365,21 @@ def test_help_explains_every_flag(capsys: Capture) -> None:
     assert not re.search(r"--(no-)?(batch|minibatch)-size", text), "a derived size is no flag"
 
 
+def test_help_begins_with_examples(capsys: Capture, monkeypatch: Patch) -> None:
+    """The commands of the file's docstring, each on its line; and no line is wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+    examples = [line.split("  ")[0] for line in re.findall("(?m)^    (.*)", ppo_vec.__doc__)]
+    assert examples[0] == "python ppo_vec.py --num-envs 16 --cuda"
+    assert len(examples) == 6
+    assert main("--help") == 0
+    usage, gap, *lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert (usage[:6], gap) == ("usage:", "")
+    assert [line.strip() for line in lines[: 2 * len(examples) : 2]] == examples
+    assert all(line.strip().startswith("# ") for line in lines[1 : 2 * len(examples) : 2])
+    assert lines[2 * len(examples) + 1].startswith("Tuned defaults depend on --env-id")
+    assert max(map(len, lines)) <= 80
+
+
 # ---- Checkpoints and run folders of strangers ------------------------------------------------------------------------
 
 

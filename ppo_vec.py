@@ -2278,10 +2278,17 @@ class Log:
         self.bar = progress_bar(self.args.total_timesteps, self.steps_before, "step")
 
     def close(self) -> None:
+        import glob
+
         for closed in (self.bar, *self.files.values()):
             with contextlib.suppress(OSError):
                 closed.close()
         if self.wandb is not None:
+            folder = self.paths["events"].parent
+            names = "best.pt", "evaluation.csv", "summary.json", "learning_curve.png"
+            for path in (*(folder / name for name in names), *folder.glob("videos/*.mp4")):
+                if path.exists() and not is_odd(path) and read_json(folder / "summary.json").get("finished"):
+                    self.wandb.save(glob.escape(str(path)), base_path=glob.escape(str(folder)), policy="now")
             self.wandb.finish()
 
     def write(self, name: str, data: bytes) -> None:
@@ -2375,7 +2382,8 @@ def start_wandb(args: Options) -> Any:
     import wandb
 
     with refuse("--track"):  # not logged in, no network, an id that it refuses
-        return wandb.init(project="ppo_vec", name=args.run_name, id=args.run_name, resume="allow", config=vars(args))
+        project, name = (os.environ.get(f"WANDB_{k}", v) for k, v in (("PROJECT", "ppo_vec"), ("NAME", args.run_name)))
+        return wandb.init(project=project, name=name, id=args.run_name, resume="allow", config=vars(args))
 
 
 def describe_run(args: Options) -> dict[str, Any]:

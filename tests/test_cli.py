@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import glob
 import hashlib
 import io
 import json
@@ -922,21 +923,44 @@ def test_evaluation_that_cannot_be_written(tiny_run: Path, tmp_path: Path, capsy
 
 
 def test_track_logs_to_wandb(tmp_path: Path, monkeypatch: Patch) -> None:
-    """What TensorBoard gets, at the same steps, under the name of the run."""
+    """What TensorBoard gets, at the same steps, under the name of the run; at the end of a finished one its files."""
     logged: dict[str, list[tuple[int, float]]] = {}
-    session, ended = {}, []
+    session, ended, sent = {}, [], []
 
     def log(values: dict[str, float], step: int) -> None:
         for tag, value in values.items():
             logged.setdefault(tag, []).append((step, pytest.approx(value, rel=1e-6)))  # TensorBoard has float32
 
-    wandb = SimpleNamespace(log=log, finish=lambda: ended.append(True))
+    def save(pattern: str, base_path: str, policy: str) -> None:
+        """As wandb does: both are patterns; the place in the run is what follows base_path."""
+        assert (ended, policy) == ([], "now")
+        (path,) = map(Path, glob.glob(pattern))
+        (base,) = map(Path, glob.glob(base_path))
+        sent.append((str(path.relative_to(base)), path.read_bytes()))
+
+    wandb = SimpleNamespace(log=log, save=save, finish=lambda: ended.append(not sent))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: session.update(given) or wandb))
-    run = tmp_path / "run"
-    assert train(run, *tiny(), "--track") == 0
-    assert (session["id"], session["resume"], session["config"]["num_steps"]) == ("run", "allow", 20)
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ppo_vec, "GRACE", 600)
+    run = tmp_path / "run [1]"
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_vec, "should_save", stop_at(50))
+        assert train(run, *tiny("film"), "--track", "--capture-video") == 143
+    assert (session["project"], session["name"], session["id"]) == ("ppo_vec", run.name, run.name)
+    assert (session["resume"], session["config"]["num_steps"]) == ("allow", 20)
+    assert (ended, sent) == ([True], [])
+    (run / "videos").mkdir(exist_ok=True)
+    (run / "videos" / "stranger.mp4").symlink_to(__file__)
+    monkeypatch.setenv("WANDB_PROJECT", "walkers")
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    ended.clear()
+    assert main("--resume", run, "--track", "--capture-video") == 0
+    assert (session["project"], session["name"], session["id"]) == ("walkers", "mine", run.name)
     assert logged == faults.scalars(run)
-    assert ended == [True]
+    assert ended == [False]
+    names = "best.pt", "evaluation.csv", "summary.json", "learning_curve.png", f"videos/{tiny_id('film')}-seed0.mp4"
+    assert sent == [(name, (run / name).read_bytes()) for name in names]
 
 
 def test_interrupted_evaluation_is_quiet(trained: Path, tmp_path: Path) -> None:

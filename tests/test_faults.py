@@ -318,7 +318,7 @@ def test_a_run_that_does_not_end_by_itself_is_ended(
 
 # What a run does at its end: a function, and which calls of it are meant.
 ENDING: dict[str, tuple[str, Callable[..., Any]]] = {
-    "choice": ("play_seeds", lambda *args, **how: args[4] == 1 and not how),
+    "choice": ("play_seeds", lambda *args, **how: args[4] == 1 and "published" not in how),
     "test": ("play_seeds", lambda *args, **how: how.get("published")),
     "video": ("record_video", lambda *_: True),
     "last checkpoint": ("save", lambda folder, state, log: state.finished),

@@ -920,7 +920,7 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
 
 
 Steps = tuple[np.ndarray, ...]  # four: obs (n, obs_dim), rewards, terminated, truncated (n,)
-Episodes = list[tuple[float, int, bool]]  # (return, length, fell) of each
+Episodes = list[tuple[float, int, bool, float]]  # (return, length, fell, effort: mean |action|) of each
 
 
 def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None] = lambda: None) -> Steps:
@@ -1145,7 +1145,7 @@ class Worker(gym.Env):
         return running and np.array_equal(obs, self.obs[i]) and self.returns[i] == expected_return
 
     def play(self, seeds: list[int], share: range, workers: int, published: bool) -> list[tuple]:
-        """This worker's part of a share of evaluation episodes: (index into seeds, return, length, fell) of each.
+        """This worker's part of a share of evaluation episodes: index into seeds, and what play_batch says of each.
 
         Its environments are reused; but published walkers, whose world remembers earlier episodes, are made anew.
         """
@@ -1170,17 +1170,21 @@ class Worker(gym.Env):
         for i, (env, seed) in enumerate(zip(envs, seeds)):
             obs[i] = reset_env(env, seed)
             self.beat()
-        returns, lengths, fell = np.zeros(len(envs)), np.zeros(len(envs), int), np.zeros(len(envs), bool)
+        (returns, efforts), lengths = np.zeros((2, len(envs))), np.zeros(len(envs), int)
+        fell = np.zeros(len(envs), bool)
         running, limit = np.arange(len(envs)), self.task.max_episode_steps or self.args.eval_max_steps
         while len(running):
-            actions = self.policy.env_action(self.policy.sample(obs, offset=offset))
+            means = self.policy.sample(obs, offset=offset)
+            if not self.task.discrete:
+                efforts[running] += np.abs(clip(means[running], -1, 1)).mean(-1)  # in units of the bounds
+            actions = self.policy.env_action(means)
             some = [envs[i] for i in running]
             obs[running], rewards, terminated, truncated = step_envs(some, actions[running], self.beat)
             returns[running] += rewards
             lengths[running] += 1
             fell[running] = terminated & (rewards <= FALL)
             running = running[~(terminated | truncated) & (lengths[running] < limit)]
-        return list(zip(returns.tolist(), lengths.tolist(), fell.tolist()))
+        return list(zip(returns.tolist(), lengths.tolist(), fell.tolist(), (efforts / lengths).tolist()))
 
 
 def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *args: Any) -> None:
@@ -1361,19 +1365,28 @@ class VecEnv(AsyncVectorEnv):
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
         return Rollout(**{name: torch.from_numpy(getattr(data, name)) for name in names}, episodes=episodes)
 
-    def play(self, weights: dict[str, Tensor], seeds: list[int], published: bool = False) -> Episodes:
-        """One episode per seed with the deterministic policy, a quota that favours no short ones (SB3 #402)."""
-        share = range(*(len(seeds) * i // world_size() for i in (rank(), rank() + 1)))
-        parts = all_ranks(self.call("play", weights, seeds, share, self.num_workers, published))
-        episodes = sorted(itertools.chain.from_iterable(itertools.chain(*parts)))
+    def play(self, weights: dict, seeds: list[int], published: bool = False, show: bool = False) -> Episodes:
+        """One episode per seed with the deterministic policy, a quota that favours no short ones (SB3 #402).
+
+        To `show` a progress bar, it plays in portions. These change no bit: a row keeps its place in its tile.
+        """
+        size = self.args.num_envs * world_size() if show else max(1, len(seeds))
+        episodes: list[Any] = []
+        with progress_bar(len(seeds), 0, "episode", show and sys.stderr.isatty()) as bar:
+            for start in range(0, len(seeds), size):
+                some = range(len(seeds))[start : start + size]
+                share = some[len(some) * rank() // world_size() : len(some) * (rank() + 1) // world_size()]
+                parts = all_ranks(self.call("play", weights, seeds, share, self.num_workers, published))
+                episodes += sorted(itertools.chain.from_iterable(itertools.chain(*parts)))
+                bar.update(len(some))
         for i, ret, *_ in episodes:
             if not math.isfinite(ret):
                 raise TrainingError(f"the return of the evaluation episode with seed {seeds[i]} is {ret}")
         limit = self.args.eval_max_steps
-        cut = self.task.max_episode_steps is None and sum(length >= limit for _, _, length, _ in episodes)
+        cut = self.task.max_episode_steps is None and sum(length >= limit for _, _, length, *_ in episodes)
         if cut:
             say(f"warning: {cut} of {len(seeds)} episodes were cut off after {limit} steps (--eval-max-steps)")
-        return [(ret, length, fell) for _, ret, length, fell in episodes]
+        return [row[1:] for row in episodes]
 
 
 def usable_cores() -> int:
@@ -1758,7 +1771,7 @@ class State:
         self.train_time_s = 0.0  # rollouts and updates
         self.wall_time_s = 0.0  # with evaluations and files, until `started`; see wall_time()
         self.evaluations: list[dict[str, Any]] = []
-        row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0, False)], task.goal), "mean": -math.inf}
+        row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0, False, 0.0)], task.goal), "mean": -math.inf}
         self.best = {"agent": copy.deepcopy(self.agent.state_dict()), "evaluation": row}  # by periodic evaluations
         self.selection_episodes = 0  # evaluation episodes so far, each on a seed of its own
         self.selection_steps = 0  # their steps, without those that confirm a solve
@@ -2049,7 +2062,7 @@ def should_evaluate(state: State, args: Options) -> bool:
 def play_seeds(envs: VecEnv, state: State, weights: dict[str, Tensor], first: int, count: int, **how: Any) -> Episodes:
     """Episodes of the deterministic policy with these weights, on `count` seeds from `first` on."""
     episodes = envs.play(weights, list(range(first, first + count)), **how)
-    state.evaluation_steps += sum(length for _, length, _ in episodes)
+    state.evaluation_steps += sum(length for _, length, *_ in episodes)
     return episodes
 
 
@@ -2061,7 +2074,7 @@ def evaluate(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
         state.selection_episodes += count
         episodes += part
         if count < ROUNDS[-1]:
-            state.selection_steps += sum(length for _, length, _ in part)
+            state.selection_steps += sum(length for _, length, *_ in part)
         if goal is None or state.solved_at_step is not None or summarize(episodes, goal)["mean"] < goal:
             break
     else:  # confirmed only by episodes that had no part in the decision to look
@@ -2093,7 +2106,7 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     first = SELECTION_SEEDS + state.selection_episodes
 
     def solves(policy: dict[str, Any], count: int) -> bool:
-        result = summarize(play_seeds(envs, state, policy["agent"], first, count), goal)
+        result = summarize(play_seeds(envs, state, policy["agent"], first, count, show=True), goal)
         policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **result}
         return goal is not None and result["mean"] >= goal
 
@@ -2108,18 +2121,17 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     state.evaluations.append(row)
     log.evaluation(state, row)
 
-    last_test = test = play_seeds(envs, state, last["agent"], TEST_SEEDS, args.eval_episodes, published=True)
+    last_test = test = play_seeds(envs, state, last["agent"], TEST_SEEDS, args.eval_episodes, published=True, show=True)
     if state.best is not last:
-        test = play_seeds(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True)
+        test = play_seeds(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True, show=True)
     last_result, result = summarize(last_test, goal), summarize(test, goal)
     averaged = "the mean of the last weights" if args.swa_share else "the last weights"
     what = averaged if state.best is last else f"an earlier policy, of step {state.best['evaluation']['global_step']}"
     say(f"test on unseen episodes of the published environment: {averaged}: {summary_text(last_result)}")
     say(f"delivered: {what}: {summary_text(result)}")
-    falls = float(np.mean([fell for *_, fell in test]))
+    falls = float(np.mean([fell for _, _, fell, _ in test]))
     log.scalars(step, {"test/return": result["mean"], "test/fall_rate": falls, "test/last_return": last_result["mean"]})
-    rows = [f"{TEST_SEEDS + i},{ret!r},{length},{fell}\n" for i, (ret, length, fell) in enumerate(test)]
-    write_file(folder / "evaluation.csv", "".join(("seed,return,length,fell\n", *rows)).encode())
+    write_episodes(folder, test)
     if args.capture_video:
         policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
         path, strip = record_video(args, policy, folder, TEST_SEEDS)
@@ -2127,6 +2139,12 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
         say(f"video: {path}")
     state.finished = True
     write_results(envs, state, folder, result, last_result)
+
+
+def write_episodes(folder: Path, episodes: Episodes) -> None:
+    """evaluation.csv: one row a test episode. Raises TrainingError."""
+    rows = [f"{TEST_SEEDS + i},{ret!r},{length},{fell}\n" for i, (ret, length, fell, _) in enumerate(episodes)]
+    write_file(folder / "evaluation.csv", "".join(("seed,return,length,fell\n", *rows)).encode())
 
 
 def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tuple[Path, bytes]:
@@ -2166,21 +2184,26 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tupl
 
 
 def say(message: str) -> None:
-    """One line on stderr, above a progress bar if there is one; of rank 0 only."""
+    """One line on stderr, above a progress bar if there is one, and in the run's log.txt; of rank 0 only."""
+    import logging
+
     from tqdm import tqdm
 
     if rank():
         return
+    logging.getLogger("ppo_vec").info(message)
     with contextlib.suppress(OSError):  # a log file on a full disk, a terminal that has gone
         tqdm.write(message, file=sys.stderr)
 
 
-def progress_bar(total: int, initial: int, unit: str) -> Any:
+def progress_bar(total: int, initial: int, unit: str, show: bool = True) -> Any:
+    """Of rank 0 only. One that counts episodes disappears when it is full."""
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no thread beside the forks
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no redrawing
-    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True, disable=rank() > 0)
+    how: Any = {"dynamic_ncols": True, "leave": unit == "step", "disable": rank() > 0 or not show}
+    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, **how)
 
 
 def should_save(state: State) -> bool:
@@ -2255,10 +2278,17 @@ class Log:
         self.bar = progress_bar(self.args.total_timesteps, self.steps_before, "step")
 
     def close(self) -> None:
+        import glob
+
         for closed in (self.bar, *self.files.values()):
             with contextlib.suppress(OSError):
                 closed.close()
         if self.wandb is not None:
+            folder = self.paths["events"].parent
+            names = "best.pt", "evaluation.csv", "summary.json", "learning_curve.png"
+            for path in (*(folder / name for name in names), *folder.glob("videos/*.mp4")):
+                if path.exists() and not is_odd(path) and read_json(folder / "summary.json").get("finished"):
+                    self.wandb.save(glob.escape(str(path)), base_path=glob.escape(str(folder)), policy="now")
             self.wandb.finish()
 
     def write(self, name: str, data: bytes) -> None:
@@ -2352,7 +2382,8 @@ def start_wandb(args: Options) -> Any:
     import wandb
 
     with refuse("--track"):  # not logged in, no network, an id that it refuses
-        return wandb.init(project="ppo_vec", name=args.run_name, id=args.run_name, resume="allow", config=vars(args))
+        project, name = (os.environ.get(f"WANDB_{k}", v) for k, v in (("PROJECT", "ppo_vec"), ("NAME", args.run_name)))
+        return wandb.init(project=project, name=name, id=args.run_name, resume="allow", config=vars(args))
 
 
 def describe_run(args: Options) -> dict[str, Any]:
@@ -2476,12 +2507,15 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
     for word in argv:
         if instead := ALIASES.get(word.partition("=")[0].replace("_", "-")):
             raise UserError(f"there is no {word.partition('=')[0]}; here it is {instead}")
-    first = tyro.cli(Options, args=[word for word in argv if word not in ("-h", "--help")])
+    examples = re.sub(" +# ", "\n        # ", "\n".join(re.findall("(?m)^    .*", __doc__ or "")))  # for 80 columns
+    words = f"{examples}\n\nTuned defaults depend on --env-id; what you type overrides them."
+    cli = functools.partial(tyro.cli, Options, description=words)
+    first = cli(args=[word for word in argv if word not in ("-h", "--help")])
     where = first.resume if first.evaluate is None else first.evaluate
     if where is None:
         env_id = next((name for name in TUNED if first.env_id == name.rsplit("-v", 1)[0]), first.env_id)
         tuned = Options(env_id=env_id, **TUNED.get(env_id, {}))
-        args = dataclasses.replace(tyro.cli(Options, args=argv, default=tuned), env_id=env_id)
+        args = dataclasses.replace(cli(args=argv, default=tuned), env_id=env_id)
         validate(args)
         begin = None if args.init_from is None else read_checkpoint(args.init_from, True, args.runs_dir)[1]
         return args, None, begin
@@ -2491,7 +2525,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         if code and getattr(first, name) != getattr(saved, name):
             words = saved.env_id if name == "env_id" else " ".join(saved.wrappers)
             raise UserError(f"{where} would import code; if you trust it, add {flag(name)} {words}")
-    args = tyro.cli(Options, args=argv, default=saved)
+    args = cli(args=argv, default=saved)
     validate(args)
     mode, changeable = ("evaluated", CHOSEN) if args.resume is None else ("resumed", CHANGEABLE)
     for f in dataclasses.fields(Options):
@@ -2527,25 +2561,28 @@ def choose_device(args: Args) -> torch.device:
 
 
 def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) -> None:
-    """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints the result."""
+    """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints and writes it."""
+    # A folder of its own: the run's has the run's own test, and may be another's.
+    target = Path(args.runs_dir) / f"{folder.resolve().name}__evaluation__{time.time_ns() // 10**6}"
+    with refuse(f"cannot make the folder {target}; --runs-dir names another place"):
+        target.mkdir(parents=True)
     workers = args.num_workers or usable_cores()
     args = dataclasses.replace(args, num_envs=max(args.num_envs, workers), num_workers=workers, num_steps=1)
     seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
-    envs, episodes = VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim)), []
-    with closing(envs), progress_bar(len(seeds), 0, "episode") as bar:
-        for start in range(0, len(seeds), args.num_envs):
-            some = seeds[start : start + args.num_envs]
-            episodes += envs.play(tree["agent"], some, published=True)
-            bar.update(len(some))
-    returns, lengths, fell = np.array(episodes).T
-    text = summary_text(summarize(episodes, task.goal))
-    print(f"{args.env_id}, deterministic: {text}, mean length {lengths.mean():.0f}")
+    with closing(VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim))) as envs:
+        episodes = envs.play(tree["agent"], seeds, published=True, show=True)
+    returns, lengths, fell, efforts = np.array(episodes).T
+    text = f"{summary_text(summarize(episodes, task.goal))}, mean length {lengths.mean():.0f}"
+    effort = "" if task.discrete else f", effort {efforts.mean():.2f}"
+    print(f"{args.env_id}, deterministic: {text}{effort}")
     print(f"highest {returns.max():.1f}, {int(fell.sum())} falls; episodes by return:")
     counts, edges = np.histogram(returns, bins=10)
     for count, edge in zip(counts, edges):
         print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / max(counts))} {count}")
+    write_episodes(target, episodes)
     if args.capture_video:
-        print(f"video: {record_video(args, policy_of(tree), folder, TEST_SEEDS)[0]}")
+        print(f"video: {record_video(args, policy_of(tree), target, TEST_SEEDS)[0]}")
+    print(f"episodes: {target / 'evaluation.csv'}")
 
 
 def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> None:
@@ -2610,6 +2647,8 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
 @contextlib.contextmanager
 def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
     """Names and makes the run folder, and keeps other processes out of it. Gives the arguments with its name."""
+    import logging
+
     from filelock import FileLock  # torch depends on it
 
     if rank():  # rank 0 alone writes what stays
@@ -2630,7 +2669,20 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
     with lock:
         if new and any(file.suffix == ".pt" or file.name == "summary.json" for file in folder.iterdir()):
             raise UserError(f"{folder} already holds a run; --resume {folder} continues it")
-        yield dataclasses.replace(args, run_name=name), folder
+        logger = logging.getLogger("ppo_vec")
+        with refuse(f"cannot write the run folder {folder}"):
+            handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: stderr has it, too
+        logger.setLevel(logging.INFO), logger.addHandler(handler)
+        try:
+            yield dataclasses.replace(args, run_name=name), folder
+        except Exception as error:
+            logger.error(f"error: {error}")
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                logger.removeHandler(handler), handler.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2660,8 +2712,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             number = (
                 train(args, task, folder, tree) if path else train(args, task, folder, agent=tree and tree["agent"])
             )
-        if number is not None:
-            say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}")
+            if number is not None:
+                say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}")
         return 128 + number if number is not None else 0
     except (UserError, TrainingError) as error:
         print(f"ppo_vec.py: error: {f'rank {rank()}: ' * (world_size() > 1)}{error}", file=sys.stderr)

@@ -68,13 +68,17 @@ def fail(message: str) -> NoReturn:
 
 
 def find_folders(patterns: tuple[str, ...]) -> list[Path]:
-    """Each folder once, in the order of the command line. Files are left out: learning.py has logs beside its runs."""
+    """Each folder once, in the order of the command line.
+
+    Files are left out, as learning.py has logs beside its runs, and so is what --evaluate has made for one of them.
+    """
     folders = {}
     for pattern in patterns:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
         if not found:
             fail(f"there is no run folder {pattern}; `ls runs` shows yours")
-        folders |= {path.resolve(): path for path in map(Path, found) if path.is_dir()}
+        paths = (path for path in map(Path, found) if path.is_dir() and "__evaluation__" not in path.name)
+        folders |= {path.resolve(): path for path in paths}
     return list(folders.values()) or fail("no run folder is given; try: python benchmarks/compare.py runs/NAME")
 
 

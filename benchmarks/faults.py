@@ -596,7 +596,8 @@ class Fuzz:
             if mode == "load":
                 code = self.load(run)
             else:
-                code = ppo_vec.main(["--evaluate" if mode == "evaluate" else "--resume", str(run)])
+                words = "--evaluate" if mode == "evaluate" else "--resume", str(run), "--runs-dir", str(self.folder)
+                code = ppo_vec.main(words)
         outcome = f"{mode}: exit code {code}"
         self.outcomes[outcome] += 1
         lines, where = err.getvalue().splitlines(), f"{kind}, {outcome}: {err.getvalue()}"

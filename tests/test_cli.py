@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import glob
 import hashlib
 import io
 import json
+import logging
 import math
 import multiprocessing.process
 import os
@@ -60,6 +62,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with faults.quiet(), faults.replaced_attribute(ppo_vec, "plot_learning_curve", lambda *_: None):
         assert train(run) == 0
     return run
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Patch) -> None:
+    """An evaluation writes below the working directory."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("working directory"))
 
 
 def train(run: Path, *args: str) -> int:
@@ -358,6 +366,21 @@ def test_help_explains_every_flag(capsys: Capture) -> None:
     assert not re.search(r"--(no-)?(batch|minibatch)-size", text), "a derived size is no flag"
 
 
+def test_help_begins_with_examples(capsys: Capture, monkeypatch: Patch) -> None:
+    """The commands of the file's docstring, each on its line; and no line is wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+    examples = [line.split("  ")[0] for line in re.findall("(?m)^    (.*)", ppo_vec.__doc__)]
+    assert examples[0] == "python ppo_vec.py --num-envs 16 --cuda"
+    assert len(examples) == 6
+    assert main("--help") == 0
+    usage, gap, *lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert (usage[:6], gap) == ("usage:", "")
+    assert [line.strip() for line in lines[: 2 * len(examples) : 2]] == examples
+    assert all(line.strip().startswith("# ") for line in lines[1 : 2 * len(examples) : 2])
+    assert lines[2 * len(examples) + 1].startswith("Tuned defaults depend on --env-id")
+    assert max(map(len, lines)) <= 80
+
+
 # ---- Checkpoints and run folders of strangers ------------------------------------------------------------------------
 
 
@@ -514,12 +537,14 @@ def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkey
     found = json.loads((run / "args.json").read_text())["args"]
     assert [found[name] for name in wanted] == [False, None, False, str(tmp_path), "run"]
     assert read(run / "checkpoint.pt")["global_step"] == 160
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "runs"}
+    assert [path.name for path in Path("runs").glob("*/*")] == ["evaluation.csv"]
     assert not (run / "videos").exists()
 
 
 @pytest.mark.parametrize(
-    "name", ["episodes.csv", "events*", ".lock", "args.json.tmp", "best.pt", "checkpoint.previous.pt", "videos"]
+    "name",
+    ["episodes.csv", "events*", ".lock", "args.json.tmp", "best.pt", "checkpoint.previous.pt", "videos", "log.txt"],
 )
 def test_a_link_in_a_run_folder(name: str, tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
     """Its victim keeps its content: nothing begins."""
@@ -699,6 +724,47 @@ def test_shortest_run(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> Non
     assert seen == [True]
 
 
+def test_log_txt(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """What stderr says, with the time, and the error that a run ends with; a resumed run goes on in it."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(ppo_vec, "GRACE", 600)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_vec, "should_save", stop_at(50))
+        assert train(run) == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_vec, "collect", fail_with(ppo_vec.TrainingError("the spring broke")))
+        assert main("--resume", run) == 1
+    said = capsys.readouterr().err
+    assert main("--resume", run) == 0
+    said += capsys.readouterr().err
+    lines = (run / "log.txt").read_text().splitlines()
+    times, messages = zip(*((line[:23], line[24:]) for line in lines), strict=True)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", time) for time in times)
+    assert list(times) == sorted(times)
+    shown = [line.removeprefix("ppo_vec.py: ") for line in said.splitlines() if line.strip() and "%|" not in line]
+    assert list(messages) == shown
+    assert [line for line in messages if line.startswith(("error", "stopped"))] == [
+        f"stopped by SIGTERM; continue with: --resume {run}", "error: the spring broke",
+    ]  # fmt: skip
+    assert not logging.getLogger("ppo_vec").handlers
+
+
+def test_log_txt_on_a_full_disk(tmp_path: Path, capsys: Capture) -> None:
+    """The run goes on without it, and quietly. A folder in its place is refused."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.txt").mkdir()
+    assert_one_line(train(run), capsys.readouterr(), f"cannot write the run folder {run}", "log.txt")
+    (run / "log.txt").rmdir()
+    real = logging.FileHandler
+    with faults.replaced_attribute(logging, "FileHandler", lambda *_, **__: real("/dev/full")):
+        assert train(run) == 0
+    err = capsys.readouterr().err
+    assert "delivered: " in err
+    assert "Traceback" not in err
+    assert "Error" not in err
+
+
 def test_cuda_that_cannot_be_used(tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """A device that torch reports may be too old for it, or taken: one warning, and the CPU does the same."""
     ones = torch.ones
@@ -745,19 +811,62 @@ def test_evaluate(trained: Path, capsys: Capture) -> None:
     outputs = []
     for extra in ([], ["--num-workers", "1"], ["--eval-episodes", "3"]):
         assert main("--evaluate", trained, *extra) == 0
-        outputs.append(capsys.readouterr().out)
+        outputs.append(re.sub("__[0-9]+/", "/", capsys.readouterr().out))
     assert outputs[0] == outputs[1]
+    files = [path.read_bytes() for path in sorted(Path("runs").glob("walker__evaluation__*/evaluation.csv"))]
+    assert files[0] == files[1] == (trained / "evaluation.csv").read_bytes()
+    assert (len(files), files[2].count(b"\n"), files[2].startswith(files[0])) == (3, 4, True)
     summary = json.loads((trained / "summary.json").read_text())
     assert f"{summary['eval_mean']:.1f} +- {summary['eval_std']:.1f}" in outputs[0]
     assert "deterministic" in outputs[0]
     assert "3 episodes" in outputs[2]
-    episodes = [[int(line.split()[-1]) for line in output.splitlines()[2:]] for output in outputs]
+    episodes = [[int(line.split()[-1]) for line in output.splitlines()[2:-1]] for output in outputs]
     assert [(len(counts), sum(counts)) for counts in episodes] == [(10, 2), (10, 2), (10, 3)]
     falls = [row["fell"] for row in csv.DictReader((trained / "evaluation.csv").read_text().splitlines())].count("True")
     assert f", {falls} falls;" in outputs[0]
     assert main("--evaluate", trained / "best.pt") == 0
     assert f"{summary['eval_mean']:.1f} +- " in capsys.readouterr().out
     assert digests(trained) == before
+
+
+@pytest.mark.parametrize(("mean", "effort"), [(0.25, "0.25"), (-3.0, "1.00")])
+def test_effort(mean: float, effort: str, tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The mean |action| in units of the bounds, which are 2, of a policy that always does the same."""
+    tree = read(tiny_run / "best.pt")
+    last = max(name for name in tree["agent"] if re.fullmatch(r"actor\.\d\.bias", name)).removesuffix("bias")
+    agent = tree["agent"] | {f"{last}weight": torch.zeros_like(tree["agent"][f"{last}weight"])}
+    (tmp_path / "best.pt").write_bytes(changed(tree, {**agent, f"{last}bias": torch.tensor([mean])}, "agent"))
+    assert main("--evaluate", tmp_path) == 0
+    assert f", mean length 20, effort {effort}\n" in capsys.readouterr().out
+
+
+def test_a_progress_bar_of_episodes(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """On a terminal, for the choice and the test after the training, and for --evaluate; then it disappears."""
+    bars, real = [], ppo_vec.progress_bar
+
+    def note(*given: Any) -> Any:
+        bars.append((*given, parts := []))
+        bar = real(*given)
+        update, bar.update = bar.update, lambda n: (parts.append(n), update(n))
+        return bar
+
+    monkeypatch.setattr(ppo_vec, "progress_bar", note)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    flags = *tiny(), "--num-envs", "2", "--num-steps", "20", "--eval-episodes", "5"
+    assert train(tmp_path / "run", *flags) == 0
+    episodes = [(total, show, parts) for total, _, unit, show, parts in bars[1:]]
+    assert bars[0][:3] == (120, 0, "step")
+    assert episodes[:1] == [(5, False, [5])], "a periodic evaluation has a bar"
+    assert len([True for _, show, _ in episodes if show]) >= 2
+    assert all((total, parts) == (5, [2, 2, 1]) for total, show, parts in episodes if show)
+    capsys.readouterr()
+    assert main("--evaluate", tmp_path / "run") == 0
+    *_, before, after = err = capsys.readouterr().err.split("\r")
+    assert any("0/5 [" in line for line in err)
+    assert (before.strip(), after, sum(bars[-1][-1])) == ("", "", 5)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    assert main("--evaluate", tmp_path / "run") == 0
+    assert capsys.readouterr().err == "", "a log file needs no bar that disappears"
 
 
 @pytest.mark.parametrize("name", ["BipedalWalker-v3", "BipedalWalkerHardcore-v3"])
@@ -781,10 +890,17 @@ def test_capture_video(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> N
     assert len(pictures) == 201  # the whole episode of 200 steps
     assert pictures[0].shape == (500, 500, 3)
     assert any((picture != pictures[0]).any() for picture in pictures), "a still"
-    path.unlink()
-    assert main("--evaluate", run, "--capture-video") == 0
-    assert f"video: {path}\n" in capsys.readouterr().out
-    assert [file.name for file in (run / "videos").iterdir()] == [path.name]
+    before = digests(run)
+    assert main("--evaluate", run, "--capture-video", "--runs-dir", tmp_path / "films") == 0
+    *_, video, episodes = capsys.readouterr().out.splitlines()
+    (folder,) = (tmp_path / "films").iterdir()
+    assert re.fullmatch(r"pendulum__evaluation__\d{13}", folder.name)
+    assert video == f"video: {folder / 'videos' / path.name}"
+    assert episodes == f"episodes: {folder / 'evaluation.csv'}"
+    assert (folder / "videos" / path.name).read_bytes() == path.read_bytes()
+    assert (folder / "evaluation.csv").read_bytes() == (run / "evaluation.csv").read_bytes()
+    assert sorted(file.name for file in folder.rglob("*")) == [path.name, "evaluation.csv", "videos"]
+    assert digests(run) == before, "the run has changed"
 
     monkeypatch.setattr(imageio, "get_writer", fail_with(OSError("no space\nleft")))  # it takes nothing with it
     assert train(tmp_path / "other", *args.split(), "--capture-video") == 1
@@ -793,30 +909,63 @@ def test_capture_video(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> N
     assert main("--evaluate", tmp_path / "other", "--capture-video") == 1
     captured = capsys.readouterr()
     assert "Pendulum-v1, deterministic: " in captured.out
-    assert captured.err.splitlines()[-1] == last
+    assert re.search(rf"cannot write runs/other__evaluation__\d+/videos/{path.name}: no space left$", captured.err)
+
+
+def test_evaluation_that_cannot_be_written(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """It is told before it has cost anything."""
+    (tmp_path / "file").touch()
+    with faults.replaced_attribute(ppo_vec.VecEnv, "start", fail_with(AssertionError("workers were started"))):
+        code = main("--evaluate", tiny_run, "--runs-dir", tmp_path / "file")
+    assert_one_line(
+        code, capsys.readouterr(), f"cannot make the folder {tmp_path}/file/tiny__evaluation__", "--runs-dir"
+    )
 
 
 def test_track_logs_to_wandb(tmp_path: Path, monkeypatch: Patch) -> None:
-    """What TensorBoard gets, at the same steps, under the name of the run."""
+    """What TensorBoard gets, at the same steps, under the name of the run; at the end of a finished one its files."""
     logged: dict[str, list[tuple[int, float]]] = {}
-    session, ended = {}, []
+    session, ended, sent = {}, [], []
 
     def log(values: dict[str, float], step: int) -> None:
         for tag, value in values.items():
             logged.setdefault(tag, []).append((step, pytest.approx(value, rel=1e-6)))  # TensorBoard has float32
 
-    wandb = SimpleNamespace(log=log, finish=lambda: ended.append(True))
+    def save(pattern: str, base_path: str, policy: str) -> None:
+        """As wandb does: both are patterns; the place in the run is what follows base_path."""
+        assert (ended, policy) == ([], "now")
+        (path,) = map(Path, glob.glob(pattern))
+        (base,) = map(Path, glob.glob(base_path))
+        sent.append((str(path.relative_to(base)), path.read_bytes()))
+
+    wandb = SimpleNamespace(log=log, save=save, finish=lambda: ended.append(not sent))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: session.update(given) or wandb))
-    run = tmp_path / "run"
-    assert train(run, *tiny(), "--track") == 0
-    assert (session["id"], session["resume"], session["config"]["num_steps"]) == ("run", "allow", 20)
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ppo_vec, "GRACE", 600)
+    run = tmp_path / "run [1]"
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_vec, "should_save", stop_at(50))
+        assert train(run, *tiny("film"), "--track", "--capture-video") == 143
+    assert (session["project"], session["name"], session["id"]) == ("ppo_vec", run.name, run.name)
+    assert (session["resume"], session["config"]["num_steps"]) == ("allow", 20)
+    assert (ended, sent) == ([True], [])
+    (run / "videos").mkdir(exist_ok=True)
+    (run / "videos" / "stranger.mp4").symlink_to(__file__)
+    monkeypatch.setenv("WANDB_PROJECT", "walkers")
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    ended.clear()
+    assert main("--resume", run, "--track", "--capture-video") == 0
+    assert (session["project"], session["name"], session["id"]) == ("walkers", "mine", run.name)
     assert logged == faults.scalars(run)
-    assert ended == [True]
+    assert ended == [False]
+    names = "best.pt", "evaluation.csv", "summary.json", "learning_curve.png", f"videos/{tiny_id('film')}-seed0.mp4"
+    assert sent == [(name, (run / name).read_bytes()) for name in names]
 
 
-def test_interrupted_evaluation_is_quiet(trained: Path) -> None:
-    trainer = Trainer("--evaluate", str(trained), "--eval-episodes", "50000")
-    trainer.wait_for(lambda: "0/50000" in trainer.stderr())
+def test_interrupted_evaluation_is_quiet(trained: Path, tmp_path: Path) -> None:
+    trainer = Trainer("--evaluate", str(trained), "--eval-episodes", "50000", "--runs-dir", str(tmp_path))
+    trainer.wait_for(lambda: list(tmp_path.iterdir()) and trainer.workers())
     trainer.send(signal.SIGINT)
     assert trainer.finish().check(130).seconds < 60
 
@@ -824,13 +973,16 @@ def test_interrupted_evaluation_is_quiet(trained: Path) -> None:
 # ---- --resume --------------------------------------------------------------------------------------------------------
 
 
-def test_resuming_a_finished_run_changes_nothing(tiny_run: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_resuming_a_finished_run_changes_nothing(
+    tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
     before = digests(tiny_run)
     monkeypatch.chdir(tiny_run)
     for where in (tiny_run, tiny_run / "checkpoint.pt", "."):
         assert main("--resume", where) == 0
         assert "is finished; a longer --total-timesteps" in capsys.readouterr().err
-    assert main("--evaluate", "checkpoint.pt") == 0
+    assert main("--evaluate", "checkpoint.pt", "--runs-dir", tmp_path) == 0
+    assert [path.name.rstrip("0123456789") for path in tmp_path.iterdir()] == ["tiny__evaluation__"]
     assert digests(tiny_run) == before
 
 

@@ -318,7 +318,7 @@ def test_a_run_that_does_not_end_by_itself_is_ended(
 
 # What a run does at its end: a function, and which calls of it are meant.
 ENDING: dict[str, tuple[str, Callable[..., Any]]] = {
-    "choice": ("play_seeds", lambda *args, **how: args[4] == 1 and not how),
+    "choice": ("play_seeds", lambda *args, **how: args[4] == 1 and "published" not in how),
     "test": ("play_seeds", lambda *args, **how: how.get("published")),
     "video": ("record_video", lambda *_: True),
     "last checkpoint": ("save", lambda folder, state, log: state.finished),
@@ -629,7 +629,7 @@ def test_an_entry_of_another_kind_is_refused(path: str) -> None:
     """With a right digest: a file made by hand. An empty list is right where entries are added as a run goes on."""
     args = ppo_vec.Options(num_envs=2, actor_hidden_sizes=(4,), critic_hidden_sizes=(4,))
     state = ppo_vec.State(args, ppo_vec.make_task(args), torch.device("cpu"))
-    state.evaluations = [{"global_step": 9, "time_s": 9.0, **ppo_vec.summarize([(1.0, 9, False)], 300)}]
+    state.evaluations = [{"global_step": 9, "time_s": 9.0, **ppo_vec.summarize([(1.0, 9, False, 0.0)], 300)}]
     data = ppo_vec.encode(state.state_dict())
     keys = tuple(int(key) if key.isdigit() else key for key in path.split("/"))
     for value in ([], (), {}, None, torch.zeros(()), torch.zeros(3)):

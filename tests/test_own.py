@@ -162,7 +162,8 @@ def check_closed(folder: Path, least: int) -> None:
 def test_environments_are_closed_at_a_normal_end(tmp_path: Path) -> None:
     assert ppo_vec.main(flags(tmp_path, "owns forks")) == 0
     check_closed(tmp_path, 1 + 4 + 2)  # rehearsal, training, evaluation
-    assert ppo_vec.main(["--evaluate", str(tmp_path / "runs" / "run"), "--env-id", "own_point:Point-v0"]) == 0
+    where = "--evaluate", str(tmp_path / "runs" / "run"), "--runs-dir", str(tmp_path / "runs")
+    assert ppo_vec.main([*where, "--env-id", "own_point:Point-v0"]) == 0
     check_closed(tmp_path, 1 + 4 + 2 + 1 + 2)
 
 

@@ -62,6 +62,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_compare_prints_the_numbers_of_the_runs(runs: Path, tmp_path: Path, capsys: Capture) -> None:
+    (runs / "b__evaluation__1795743749328").mkdir()  # what --evaluate writes is no run
     run_compare(runs / "*", runs / "b", "--out", tmp_path / "all.png")
     lines = capsys.readouterr().out.splitlines()
     # Of three runs' means, a resample is the lowest three times with a probability of 1/27, which is more than 2.5 %.

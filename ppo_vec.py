@@ -23,11 +23,13 @@ import dataclasses
 import datetime
 import errno
 import functools
+import glob
 import hashlib
 import importlib
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -1144,10 +1146,11 @@ class Worker(gym.Env):
                 obs, running = rows[0], not (terminated[0] or truncated[0])
         return running and np.array_equal(obs, self.obs[i]) and self.returns[i] == expected_return
 
-    def play(self, seeds: list[int], share: range, workers: int, published: bool) -> list[tuple]:
+    def play(self, seeds: list, share: range, workers: int, published: bool, more: bool = False) -> list[tuple]:
         """This worker's part of a share of evaluation episodes: index into seeds, and what play_batch says of each.
 
-        Its environments are reused; but published walkers, whose world remembers earlier episodes, are made anew.
+        Its environments are reused, also in what is there `more` to play; but published walkers, whose world
+        remembers earlier episodes, are made anew.
         """
         begin, end = (share.start + len(share) * i // workers for i in (self.index, self.index + 1))
         size, envs, episodes = self.last - self.first, self.playing, []
@@ -1160,7 +1163,7 @@ class Worker(gym.Env):
                 self.beat()
             rows = self.play_batch(envs[: len(some)], [seeds[i] for i in some], start)
             episodes += [(i, *row) for i, row in zip(some, rows)]
-        while envs:
+        while envs and not more:
             envs.pop().close()
         return episodes
 
@@ -1376,7 +1379,8 @@ class VecEnv(AsyncVectorEnv):
             for start in range(0, len(seeds), size):
                 some = range(len(seeds))[start : start + size]
                 share = some[len(some) * rank() // world_size() : len(some) * (rank() + 1) // world_size()]
-                parts = all_ranks(self.call("play", weights, seeds, share, self.num_workers, published))
+                how = self.num_workers, published, some.stop < len(seeds)
+                parts = all_ranks(self.call("play", weights, seeds, share, *how))
                 episodes += sorted(itertools.chain.from_iterable(itertools.chain(*parts)))
                 bar.update(len(some))
         for i, ret, *_ in episodes:
@@ -2185,8 +2189,6 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tupl
 
 def say(message: str) -> None:
     """One line on stderr, above a progress bar if there is one, and in the run's log.txt; of rank 0 only."""
-    import logging
-
     from tqdm import tqdm
 
     if rank():
@@ -2278,16 +2280,15 @@ class Log:
         self.bar = progress_bar(self.args.total_timesteps, self.steps_before, "step")
 
     def close(self) -> None:
-        import glob
-
         for closed in (self.bar, *self.files.values()):
             with contextlib.suppress(OSError):
                 closed.close()
         if self.wandb is not None:
             folder = self.paths["events"].parent
-            names = "best.pt", "evaluation.csv", "summary.json", "learning_curve.png"
-            for path in (*(folder / name for name in names), *folder.glob("videos/*.mp4")):
-                if path.exists() and not is_odd(path) and read_json(folder / "summary.json").get("finished"):
+            finished = read_json(folder / "summary.json").get("finished")
+            names = "best.pt", "evaluation.csv", "summary.json", "learning_curve.png", "videos/*.mp4"
+            for path in itertools.chain(*map(folder.glob, names * bool(finished))):
+                if not is_odd(path):
                     self.wandb.save(glob.escape(str(path)), base_path=glob.escape(str(folder)), policy="now")
             self.wandb.finish()
 
@@ -2647,8 +2648,6 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
 @contextlib.contextmanager
 def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
     """Names and makes the run folder, and keeps other processes out of it. Gives the arguments with its name."""
-    import logging
-
     from filelock import FileLock  # torch depends on it
 
     if rank():  # rank 0 alone writes what stays

@@ -51,18 +51,21 @@ class Player(pv.Worker):
     index, first, last = 0, 0, NUM_ENVS
 
     def __init__(self, model: Any, venv: Any) -> None:
-        self.args = pv.Options(env_id=ENV_ID)
+        self.args, self.playing = pv.Options(env_id=ENV_ID), []
         self.task, self.model, self.venv, self.policy = pv.make_task(self.args), model, venv, self
 
     def beat(self) -> None:
         pass
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
+    def sample(self, obs: np.ndarray, offset: int) -> np.ndarray:
         return self.model.predict(self.venv.normalize_obs(obs), deterministic=True)[0]  # clips them
+
+    def env_action(self, actions: np.ndarray) -> np.ndarray:
+        return actions
 
     def episodes(self, first: int, count: int, published: bool = False) -> dict[str, Any]:
         """The figures of one episode for each of `count` seeds."""
-        rows = sorted(self.play(list(range(first, first + count)), 1, published))
+        rows = sorted(self.play(list(range(first, first + count)), range(count), 1, published))
         return pv.summarize([row[1:] for row in rows], self.task.goal)
 
 

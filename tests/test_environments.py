@@ -528,7 +528,9 @@ def test_an_evaluation_holds_few_environments_of_the_right_kind(
     worker, _ = worker_here(make_args(env_id=env_id, num_envs=6, num_workers=1))
     worker.task = dataclasses.replace(worker.task, max_episode_steps=10)
     monkeypatch.setattr(ppo_vec, "make_env", spy)
-    episodes = call(worker, "play", list(range(11)), range(11), 1, published)
+    episodes = call(worker, "play", list(range(11)), range(6), 1, published, True)  # there is more to play
+    assert len(alive) == 6
+    episodes += call(worker, "play", list(range(11)), range(6, 11), 1, published)
     assert [i for i, *_ in episodes] == list(range(11))
     assert sorted(seed for _, seed in resets) == list(range(11))
     assert max(most) == 6  # num_envs

@@ -1149,11 +1149,13 @@ class Worker(gym.Env):
     def play(self, seeds: list, share: range, workers: int, published: bool, more: bool = False) -> list[tuple]:
         """This worker's part of a share of evaluation episodes: index into seeds, and what play_batch says of each.
 
-        Its environments are reused, also in what is there `more` to play; but published walkers, whose world
+        Walkers play side by side, so that their lidars are computed together. Of others one is held at a time: it may
+        be large. Environments are reused, also in what is there `more` to play; but published walkers, whose world
         remembers earlier episodes, are made anew.
         """
         begin, end = (share.start + len(share) * i // workers for i in (self.index, self.index + 1))
-        size, envs, episodes = self.last - self.first, self.playing, []
+        size = self.last - self.first if self.args.env_id in WALKERS else 1
+        envs, episodes = self.playing, []
         for start in range(begin, end, size):
             some = range(start, min(start + size, end))
             while envs and published and self.args.env_id in WALKERS:

@@ -2671,14 +2671,19 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         if new and any(file.suffix == ".pt" or file.name == "summary.json" for file in folder.iterdir()):
             raise UserError(f"{folder} already holds a run; --resume {folder} continues it")
         logger = logging.getLogger("ppo_vec")
-        with refuse(f"cannot write the run folder {folder}"):
-            handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler: Any = logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True)  # a refused run has none
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: stderr has it, too
+        write = handler.emit
+
+        def emit(record: logging.LogRecord) -> None:
+            with contextlib.suppress(OSError):  # a full disk, a folder in its place: stderr has the line, too
+                write(record)
+
+        handler.emit, handler.handleError = emit, lambda record: None
         logger.setLevel(logging.INFO), logger.addHandler(handler)
         try:
             yield dataclasses.replace(args, run_name=name), folder
-        except Exception as error:
+        except TrainingError as error:
             logger.error(f"error: {error}")
             raise
         finally:

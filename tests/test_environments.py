@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -341,23 +340,6 @@ def test_results_depend_on_the_seed_and_not_on_the_workers(tmp_path: Path, monke
     other = run(2, 2)
     assert not torch.equal(tree["agent"]["actor.0.weight"], other[0]["agent"]["actor.0.weight"])
     assert rows != other[1]
-
-
-def test_spawned_workers_give_the_same_result(tmp_path: Path) -> None:
-    """As on macOS and Windows: started as a program, whose classes and shared memory have to reach the workers."""
-    results = []
-    shutil.copy(ppo_vec.__file__, tmp_path)
-    for context in ("fork", "spawn"):
-        flags = f"--start-method {context}"
-        flags += " --num-envs 3 --num-workers 2 --num-steps 64 --total-timesteps 300 --eval-episodes 2 --run-name"
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        command = [sys.executable, "ppo_vec.py", *flags.split(), context]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        run = tmp_path / "runs" / context
-        results.append((plain(ppo_vec.read_checkpoint(run)[1]), (run / "evaluation.csv").read_text()))
-    assert_same(*results)
 
 
 def test_discrete_actions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

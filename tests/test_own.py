@@ -424,7 +424,11 @@ if __name__ == "__main__":
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("this is __mp_main__") == 3  # two workers, and the one that tries the environment
-    assert tree(tmp_path)["finished"]
+    spawned = tree(tmp_path)
+    assert ppo_vec.main(flags(tmp_path, "", "--run-name forked")) == 0
+    forked = ppo_vec.read_checkpoint(tmp_path / "runs" / "forked")[1]
+    assert all(torch.equal(forked["agent"][name], tensor) for name, tensor in spawned["agent"].items())
+    assert torch.equal(forked["envs"]["obs"], spawned["envs"]["obs"])
 
 
 def test_a_policy_can_be_pickled(tmp_path: Path) -> None:

@@ -831,9 +831,10 @@ def inspect_env(args: Options) -> Task:
             if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
                 raise ValueError("it has no render mode rgb_array")
             take_steps(env)
-            display = "" if os.environ.get("DISPLAY") else " (there is no display; MUJOCO_GL=egl may help)"
-            with refuse(f"it cannot be rendered{display}"):
-                _ = args.capture_video and render_frame(env)
+            if args.capture_video:
+                display = "" if os.environ.get("DISPLAY") else " (there is no display; MUJOCO_GL=egl may help)"
+                with refuse(f"it cannot be rendered{display}"):
+                    render_frame(env)
     limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
     low, high = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
     return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, low, high, limit, goal)
@@ -2287,11 +2288,11 @@ class Log:
                 closed.close()
         if self.wandb is not None:
             folder = self.paths["events"].parent
-            finished = read_json(folder / "summary.json").get("finished")
-            names = "best.pt", "evaluation.csv", "summary.json", "learning_curve.png", "videos/*.mp4"
-            for path in itertools.chain(*map(folder.glob, names * bool(finished))):
-                if not is_odd(path):
-                    self.wandb.save(glob.escape(str(path)), base_path=glob.escape(str(folder)), policy="now")
+            if read_json(folder / "summary.json").get("finished"):
+                names = "best.pt", "evaluation.csv", "summary.json", "learning_curve.png", "videos/*.mp4"
+                for path in itertools.chain.from_iterable(folder.glob(name) for name in names):
+                    if not is_odd(path):  # escaped: wandb takes both for patterns
+                        self.wandb.save(glob.escape(str(path)), base_path=glob.escape(str(folder)), policy="now")
             self.wandb.finish()
 
     def write(self, name: str, data: bytes) -> None:

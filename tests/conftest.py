@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from pathlib import Path
 
 import ppo_vec  # noqa: F401  first: it chooses OpenBLAS's kernel, before NumPy is imported
 
@@ -24,3 +25,11 @@ def clean() -> Iterator[None]:
     before = set(multiprocessing.active_children())
     yield
     assert not set(multiprocessing.active_children()) - before, "a worker outlived its test"
+
+
+@pytest.fixture
+def avx2() -> None:
+    """For the tests of the kernels that ppo_vec chooses there. (macOS has no such file.)"""
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists() or " avx2 " not in cpu.read_text():
+        pytest.skip("needs Linux and a processor with AVX2")

@@ -302,11 +302,7 @@ def test_a_log_that_cannot_be_opened_ends_only_its_run(root: Path, capsys: pytes
     assert capsys.readouterr().out.splitlines() == [f"tiny-{seed}: exit code 7, no summary" for seed in (0, 2)]
 
 
-def avx2() -> bool:
-    return sys.platform == "linux" and " avx2 " in Path("/proc/cpuinfo").read_text()
-
-
-@pytest.mark.skipif(not avx2(), reason="needs a processor with AVX2")
+@pytest.mark.usefixtures("avx2")
 def test_fingerprints_are_the_same_whatever_kernel_the_user_has_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

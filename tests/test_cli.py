@@ -784,7 +784,7 @@ def test_cuda_that_cannot_be_used(tiny_run: Path, tmp_path: Path, monkeypatch: P
     assert len(found) == len([place for place in found if "args/cuda" in place]) > 0
 
 
-@pytest.mark.skipif(" avx2 " not in Path("/proc/cpuinfo").read_text(), reason="no AVX2")
+@pytest.mark.usefixtures("avx2")
 @pytest.mark.parametrize(("given", "expected"), [({}, "Haswell"), ({"OPENBLAS_CORETYPE": "Sandybridge"},) * 2])
 def test_numpy_takes_the_kernels_that_every_machine_has(given: dict[str, str], expected: Any) -> None:
     """What NumPy's OpenBLAS says itself; a value that the user has set stays."""

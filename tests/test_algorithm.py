@@ -855,8 +855,8 @@ def test_what_a_policy_has_shown_by_hand() -> None:
     assert note() == (57, pytest.approx(0.2))  # nearly the goal: 285
     assert note(-200.0) == (pytest.approx(51.86), pytest.approx(0.2))  # the best so far
     assert note(*[400.0] * 500)[1] == 1
-    state.task.goal = None  # lost while the run was interrupted
-    assert note(1.0)[1] == 1
+    state.shown, state.task.goal = 0.3, None  # lost while the run was interrupted
+    assert note(1.0)[1] == 0.3
     state.shown = None
     note(1.0)
     assert state.shown is None

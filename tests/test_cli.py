@@ -526,6 +526,7 @@ def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkey
     for module in ("wandb", *VIDEO):
         monkeypatch.setitem(sys.modules, module, None)
     wanted = {"track": True, "num_workers": 64, "capture_video": True, "runs_dir": "elsewhere", "run_name": "x"}
+    wanted["start_method"] = "spawn"
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     for name in ("checkpoint.pt", "best.pt"):
         tree = read(run / name)
@@ -535,11 +536,12 @@ def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkey
     assert "video" not in capsys.readouterr().out
     assert main("--resume", run, "--total-timesteps", "160") == 0
     found = json.loads((run / "args.json").read_text())["args"]
-    assert [found[name] for name in wanted] == [False, None, False, str(tmp_path), "run"]
+    assert [found[name] for name in wanted] == [False, None, False, str(tmp_path), "run", ppo_vec.START_METHOD]
     assert read(run / "checkpoint.pt")["global_step"] == 160
     assert {path.name for path in tmp_path.iterdir()} == {"run", "runs"}
     assert [path.name for path in Path("runs").glob("*/*")] == ["evaluation.csv"]
     assert not (run / "videos").exists()
+    assert main("--resume", run, "--start-method", "spawn") == 0  # the user decides it, at any time
 
 
 @pytest.mark.parametrize(

@@ -1155,7 +1155,7 @@ class Worker(gym.Env):
         remembers earlier episodes, are made anew.
         """
         begin, end = (share.start + len(share) * i // workers for i in (self.index, self.index + 1))
-        size = self.last - self.first if self.args.env_id in WALKERS else 1
+        size = max(8, self.last - self.first) if self.args.env_id in WALKERS else 1
         envs, episodes = self.playing, []
         for start in range(begin, end, size):
             some = range(start, min(start + size, end))

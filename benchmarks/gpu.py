@@ -244,7 +244,9 @@ def main() -> int:
 
     for flags in () if quick else ("--num-envs 16", "--num-envs 32 --num-steps 64"):
         with part(f"seconds to 300, {flags}"):
-            runs = [run_trainer(f"{flags} --cuda --seed {seed}", until_solved) for seed in (1, 2, 3)]
+            runs = [report["first_command"]] if flags == "--num-envs 16" else []  # seed 1
+            seeds = range(len(runs) + 1, 4)
+            runs += [run_trainer(f"{flags} --cuda --seed {seed}", until_solved) for seed in seeds]
             report["solved"].append({"flags": flags, "runs": runs})
             times = [run["solved_at_s"] or float("inf") for run in runs]
             name = "seconds to a confirmed 300 (at most)"

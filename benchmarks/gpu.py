@@ -122,6 +122,7 @@ def minibatch(hidden: int, size: int, how: str, limit: float) -> list[float]:
 
 def iteration(hidden: int, envs: int, steps: int, device: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of rollouts and updates of a training's first iterations, but for those that warm up."""
+    gc.collect()  # no CUDA graph of the run before: forked workers would complain about it
     args = make_args((hidden, hidden), num_envs=envs, num_steps=steps, seed=3)
     state = pv.State(args, TASK, torch.device(device))
     times: dict[str, list[float]] = {"rollout": [], "update": []}

@@ -89,11 +89,11 @@ class Args:
 
     total_timesteps: int = 1_000_000  # environment steps to train for; the first rollout that reaches it is the last
     num_envs: int = 16  # the number of environments stepped in parallel
-    num_steps: int = 256  # steps of each environment per rollout
-    learning_rate: float = 5e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
+    num_steps: int = 128  # steps of each environment per rollout
+    learning_rate: float = 3e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
     critic_learning_rate: float | None = None  # the critic's own learning rate; None: --learning-rate
     anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero
-    anneal_share: float = 1.0  # over this last share of --total-timesteps
+    anneal_share: float = 0.2  # over this last share of --total-timesteps; 1: all of them
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
     value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: Monte Carlo returns
@@ -106,7 +106,7 @@ class Args:
     max_grad_norm: float = 0.5  # the largest gradient norm, of actor and critic each
     target_kl: float | None = None  # end the actor's update before the minibatch whose approximate KL exceeds this
 
-    initial_std: float = 1.0  # the standard deviation of the first actions, in units of the action bounds
+    initial_std: float = 0.5  # the standard deviation of the first actions, in units of the action bounds
     min_std: float = 0.0  # the standard deviation never falls below this
     state_dependent_std: bool = False  # let the actor also output the log standard deviation, clamped to [-20, 2]
     actor_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the actor's hidden layers
@@ -582,24 +582,23 @@ class Options(Args):
 # What beats the defaults, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "num_steps": 128, "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85,
-        "ent_coef": 0.0025, "bounds_loss_coef": 0.01, "fall_reward": -1.0,
-        "final_fall_reward": -20.0, "action_cost": 0.2, "initial_std": 0.5, "critic_progress": True,
-        "anneal_share": 0.2, "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
+        "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85, "ent_coef": 0.0025,
+        "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.2,
+        "critic_progress": True, "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {
-        "num_steps": 320, "learning_rate": 3e-4, "critic_learning_rate": 1e-3, "num_minibatches": 40,
-        "ent_coef": 0.001, "initial_std": 0.5, "activation": "relu", "state_dependent_std": True,
+        "num_steps": 320, "critic_learning_rate": 1e-3, "anneal_share": 1.0, "num_minibatches": 40,
+        "ent_coef": 0.001, "activation": "relu", "state_dependent_std": True,
     },
     "LunarLander-v3": {
-        "num_steps": 320, "learning_rate": 3e-4, "critic_learning_rate": 1e-3, "num_minibatches": 40, "ent_coef": 0.01,
+        "num_steps": 320, "critic_learning_rate": 1e-3, "anneal_share": 1.0, "num_minibatches": 40, "ent_coef": 0.01,
         "activation": "relu",
     },
     "BipedalWalkerHardcore-v3": {
-        "total_timesteps": 10_000_000, "num_envs": 64, "num_steps": 128, "learning_rate": 2e-4,
+        "total_timesteps": 10_000_000, "num_envs": 64, "learning_rate": 2e-4, "anneal_share": 1.0,
         "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
-        "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "initial_std": 0.5,
-        "swa_share": 0.2, "min_std": 0.25, "critic_progress": True,
+        "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2,
+        "min_std": 0.25, "critic_progress": True,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip

@@ -39,12 +39,6 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "hardcore": "--env-id BipedalWalkerHardcore-v3",
     "lander-discrete": "--env-id LunarLander-v3",
     "cartpole": "--env-id CartPole-v1 --total-timesteps 100000",
-    # Environments that nobody tuned (all but Pendulum: pip install "gymnasium[mujoco]").
-    "pendulum": "--env-id Pendulum-v1 --total-timesteps 100000",
-    "hopper": "--env-id Hopper-v5 --total-timesteps 300000",
-    "halfcheetah": "--env-id HalfCheetah-v5 --total-timesteps 300000",
-    "walker2d": "--env-id Walker2d-v5 --total-timesteps 300000",
-    "ant": "--env-id Ant-v5 --total-timesteps 300000",
     # The two systems of the README's last section.
     "notebook": "--env-id LunarLanderContinuous-v3 --activation relu --state-dependent-std --learning-rate 3e-4 "
     "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "

@@ -38,8 +38,8 @@ both_kinds_of_std = pytest.mark.parametrize("state_dependent_std", [False, True]
 
 def make_args(**changed: Any) -> Options:
     small: dict[str, Any] = {
-        "num_envs": 4, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2, "anneal_lr": False, "anneal_share": 1.0,
-        "actor_hidden_sizes": (16, 16), "critic_hidden_sizes": (16, 16),
+        "num_envs": 4, "num_steps": 32, "num_minibatches": 4, "update_epochs": 2, "anneal_lr": False,
+        "anneal_share": 1.0, "actor_hidden_sizes": (16, 16), "critic_hidden_sizes": (16, 16),
     }  # fmt: skip
     args = Options(**{**small, "critic_learning_rate": changed.get("learning_rate", 5e-4), **changed})
     ppo_vec.validate(args)

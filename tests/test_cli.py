@@ -1002,10 +1002,10 @@ def stop_at(steps: int) -> Callable[..., bool]:
 def test_resume_continues_folder_counters_and_schedule(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     monkeypatch.setattr(ppo_vec, "GRACE", 600)
-    assert train(whole, *tiny("", 300)) == 0
+    assert train(whole, *tiny("", 300), "--anneal-share", "1") == 0
     with monkeypatch.context() as patch:
         patch.setattr(ppo_vec, "should_save", stop_at(150))
-        assert train(run, *tiny("", 300)) == 143
+        assert train(run, *tiny("", 300), "--anneal-share", "1") == 143
         assert fingerprint(run)["checkpoint"]["global_step"] == 160
         moved = run.rename(tmp_path / "moved")  # the run is where its folder is
         for path in (moved / "episodes.csv", *moved.glob("events*")):  # written after the checkpoint: will come again
@@ -1019,7 +1019,7 @@ def test_resume_continues_folder_counters_and_schedule(tmp_path: Path, monkeypat
     found = faults.differences(fingerprint(moved), fingerprint(whole))
     assert not found, found
     rates = fingerprint(moved)["scalars"]["policy/learning_rate"]
-    assert rates == [(40 * i, pytest.approx(5e-4 * (1 - 40 * (i - 1) / 300))) for i in range(1, 9)]
+    assert rates == [(40 * i, pytest.approx(3e-4 * (1 - 40 * (i - 1) / 300))) for i in range(1, 9)]
 
 
 def test_a_new_run_begins_with_the_policy_of_another(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -1052,7 +1052,7 @@ def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: Patch) -> None:
     run = tmp_path / "run"
     monkeypatch.setattr(ppo_vec, "GRACE", 600)
-    assert train(run, *tiny("", 100)) == 0
+    assert train(run, *tiny("", 100), "--anneal-share", "1") == 0
     first = fingerprint(run)
     with monkeypatch.context() as patch:
         patch.setattr(ppo_vec, "should_save", stop_at(150))
@@ -1067,7 +1067,7 @@ def test_longer_total_timesteps_extends(tmp_path: Path, monkeypatch: Patch) -> N
     losses, rates = (last["scalars"][tag] for tag in ("losses/policy_loss", "policy/learning_rate"))
     assert losses[:3] == first["scalars"]["losses/policy_loss"]
     # The schedule had come to its end, and goes back to where the longer one has it at that step.
-    assert [rate for _, rate in rates] == pytest.approx([5e-4, 3e-4, 1e-4, 2e-4, 1e-4])
+    assert [rate for _, rate in rates] == pytest.approx([3e-4, 1.8e-4, 0.6e-4, 1.2e-4, 0.6e-4])
     found = json.loads((run / "args.json").read_text())
     sessions = [*found["earlier"], found]
     assert [session["args"]["total_timesteps"] for session in sessions] == [100, 200, 200]

@@ -23,10 +23,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import tyro
+from cores import Cores, pin
 from scipy.stats import trim_mean  # pip install -e ".[bench]"
 
 import ppo_vec
@@ -73,7 +73,7 @@ class Options:
     """where the results go"""
 
 
-def train(options: Options, name: str, seed: int, cores: SimpleQueue) -> Path:
+def train(options: Options, name: str, seed: int, cores: Cores) -> Path:
     """One run, new, resumed or already there. Returns its folder."""
     runs = ROOT / "runs" / "learning"
     folder = runs / f"{name}-{seed}"
@@ -88,13 +88,10 @@ def train(options: Options, name: str, seed: int, cores: SimpleQueue) -> Path:
         command += [*shlex.split(SETTINGS[options.setting]), *shlex.split(options.flags), "--seed", str(seed)]
         command += ["--runs-dir", str(runs), "--run-name", folder.name]
     runs.mkdir(parents=True, exist_ok=True)
-    mine = cores.get()
-    pin = functools.partial(os.sched_setaffinity, 0, mine) if hasattr(os, "sched_setaffinity") else None
-    try:
-        with open(runs / f"{folder.name}.log", "a") as log:
-            code = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=pin).returncode
-    finally:
-        cores.put(mine)
+    with cores.share() as mine, open(runs / f"{folder.name}.log", "a") as log:
+        code = subprocess.run(
+            command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=functools.partial(pin, 0, mine)
+        ).returncode
     row = result(folder)
     print(f"{folder.name}: exit code {code}, {row['text'] if row else 'no summary'}", flush=True)
     return folder
@@ -192,9 +189,7 @@ def main(options: Options) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     for seed in options.seeds:
         refuse_another_run(options, ROOT / "runs" / "learning" / f"{name}-{seed}", seed)
-    cores, usable = SimpleQueue(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    for job in range(options.jobs):  # each job's share of the cores
-        cores.put(usable[job :: options.jobs] or usable)
+    cores = Cores(options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         folders = list(pool.map(lambda seed: train(options, name, seed, cores), options.seeds))
     rows = [result(folder) for folder in folders]

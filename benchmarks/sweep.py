@@ -31,12 +31,12 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import filelock
 import optuna
 import tyro
+from cores import Cores, pin
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial, TrialState
 
@@ -172,10 +172,7 @@ class Sweep:
         self.options, self.stopping = options, threading.Event()
         self.space, self.total_timesteps = parse_space(options)
         self.folder = options.runs_dir.absolute() / options.name
-        self.cores: SimpleQueue = SimpleQueue()
-        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-        for job in range(options.jobs):  # each job's share of the cores
-            self.cores.put(usable[job :: options.jobs] or usable)
+        self.cores = Cores(options.jobs)
 
     def open_study(self) -> None:
         """Makes or loads the study. Raises UserError if there is one for something else."""
@@ -206,11 +203,12 @@ class Sweep:
         """Asks the study for values, trains with them, and tells it what came of it."""
         if self.stopping.is_set():
             return None
-        trial, cores = self.study.ask(self.space), self.cores.get()
+        trial = self.study.ask(self.space)
         text = f"trial {trial.number} ({shlex.join(words(trial.params))})"
         value = None
         try:
-            value = statistics.fmean(self.train(trial, i, cores) for i in range(len(self.options.seeds)))
+            with self.cores.share() as cores:
+                value = statistics.fmean(self.train(trial, i, cores) for i in range(len(self.options.seeds)))
             state, result = TrialState.COMPLETE, f"{value:.1f}"
         except optuna.TrialPruned as error:
             state, result = TrialState.PRUNED, f"pruned, {error}"
@@ -218,8 +216,6 @@ class Sweep:
             state, result = TrialState.FAIL, f"failed, {error}"
         except Stopped:
             return print(f"{text}: stopped", flush=True)
-        finally:
-            self.cores.put(cores)
         self.study.tell(trial, value, state)
         return print(f"{text}: {result}", flush=True)
 
@@ -233,8 +229,7 @@ class Sweep:
         with open(log, "w") as file:  # a session of its own: Ctrl-C stops the sweep, and that stops its runs
             process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
         try:
-            if hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(process.pid, cores)
+            pin(process.pid, cores)
             while process.poll() is None:
                 time.sleep(POLL)
                 if self.stopping.is_set():

@@ -11,6 +11,7 @@ run that is finished is not repeated; an unfinished one of ours goes on.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -19,7 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +30,7 @@ import ppo_vec as pv
 # isort: split
 import numpy as np
 import tyro
+from cores import Cores, pin
 
 RUNS = ROOT / "runs" / "untuned"
 ENVS = "Pendulum-v1", "Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5"
@@ -101,10 +102,7 @@ def main(options: Options) -> int:
         train_sb3(options.envs[0], steps_of(options.envs[0], options), options.seeds[0], options.sb3)
         return 0
     RUNS.mkdir(parents=True, exist_ok=True)
-    cores: SimpleQueue = SimpleQueue()
-    usable = sorted(os.sched_getaffinity(0))
-    for job in range(options.jobs):
-        cores.put(usable[job :: options.jobs] or usable)
+    cores = Cores(options.jobs)
 
     def run(job: tuple[str, str, int]) -> dict[str, Any]:
         who, env_id, seed = job
@@ -115,14 +113,10 @@ def main(options: Options) -> int:
             if who == "SB3":
                 command = [sys.executable, __file__, "--sb3", str(RUNS / f"sb3-{name}.json"), "--envs", env_id]
                 command += ["--steps", str(options.steps), "--seeds", str(seed)]
-            mine = cores.get()
-            try:
-                with open(RUNS / f"{who}-{name}.log", "a") as log:
-                    pin = lambda: os.sched_setaffinity(0, mine)  # noqa: E731
-                    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-                    subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environ, preexec_fn=pin)
-            finally:
-                cores.put(mine)
+            with cores.share() as mine, open(RUNS / f"{who}-{name}.log", "a") as log:
+                how: dict[str, Any] = {"stdout": log, "stderr": log, "cwd": ROOT}
+                how |= {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "preexec_fn": functools.partial(pin, 0, mine)}
+                subprocess.run(command, **how)
         row = {"who": who, "env_id": env_id, "seed": seed, **result(*job, options)}
         print(json.dumps(row), flush=True)
         return row

@@ -370,9 +370,9 @@ def value_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor,
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are computed once, and normalised in each minibatch (37 details, no. 7). The observation normaliser is
-    frozen until the end; then it merges the rollout's observations. Raises TrainingError for a loss or gradient that
-    is not finite.
+    Advantages are normalised once, over the rollout: in each minibatch (37 details, no. 7), a quiet one would weigh as
+    much as one with a rare, large reward. The observation normaliser is frozen until the end; then it merges the
+    rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
     """
     agent, (actor, critic) = state.agent, state.optimizers
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
@@ -380,17 +380,15 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     if args.value_lambda is not None:
         errors = gae(*steps, args.gamma, args.value_lambda)
     returns = errors + rollout.values
+    pooled = torch.stack(all_ranks(advantages))  # with torchrun: of all processes
     batch = {
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
+        "advantages": (advantages - pooled.mean()) / (pooled.std() + 1e-8),
         "returns": returns, "values": rollout.values,
     }  # fmt: skip
     batch = {name: rows.flatten(0, 1).to(state.device) for name, rows in batch.items()}
     inds = [torch.randperm(args.batch_size, generator=state.shuffle_rng) for _ in range(args.update_epochs)]
-    mb_inds = torch.stack(inds).view(-1, args.minibatch_size)
-    mb_advantages = advantages.flatten()[mb_inds]
-    pooled = torch.cat(all_ranks(mb_advantages), dim=1)  # with torchrun: the minibatches of all processes
-    mb_advantages = (mb_advantages - pooled.mean(1, keepdim=True)) / (pooled.std(1, keepdim=True) + 1e-8)
-    minibatches = list(zip(mb_inds.to(state.device), mb_advantages.to(state.device)))
+    minibatches = torch.stack(inds).view(-1, args.minibatch_size).to(state.device)
 
     actor.begin(args.learning_rate)
     critic.begin(args.critic_learning_rate or args.learning_rate)
@@ -405,18 +403,14 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     return {**metrics, "explained_variance": explained}
 
 
-Minibatches = Sequence[Sequence[Tensor]]  # pairs: indices of rows, and the normalised advantages of these, (B,) each
-
-
 def descend(
     agent: Agent, optimizer: FlatAdam, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    batch: dict[str, Tensor], minibatches: Minibatches, args: Args,
+    batch: dict[str, Tensor], minibatches: Tensor, args: Args,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Takes a step down the loss of each minibatch. Returns the number of steps, and the sum of each metric."""
+    """Takes a step for each minibatch, a row of indices into batch. Returns how many, and the sum of each metric."""
     sums = torch.zeros((), device=optimizer.flat.device)
-    for inds, advantages in minibatches:
-        mb = {name: rows[inds] for name, rows in batch.items()} | {"advantages": advantages}
-        loss, metrics = loss_of(agent, mb, args)
+    for mb_inds in minibatches:
+        loss, metrics = loss_of(agent, {name: rows[mb_inds] for name, rows in batch.items()}, args)
         if args.target_kl is not None and "approx_kl" in metrics:  # no step from a policy that has gone too far (SB3)
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{loss_of.__name__}_grad_norm"] = norm = optimizer.minimize(loss, args.max_grad_norm)
@@ -480,9 +474,8 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     observations and unclipped actions. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
-    noise = agent.distribution.noise(
-        state.noise_rng, args.num_steps, args.num_envs * world_size(), envs.task.action_dim
-    )
+    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim
+    noise = agent.distribution.noise(state.noise_rng, *shape)
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size * world_size()
     rollout.rewards = training_rewards(state, rollout, args)
@@ -1646,12 +1639,14 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def descend_both(
-    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Minibatches, args: Args
+    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Tensor, args: Args
 ) -> list[dict[str, Tensor]]:
-    """`descend` for actor and critic at the same time."""
+    """`descend` for actor and critic, at the same time where this process has a core for each."""
     actor, critic = optimizers
     with ThreadPoolExecutor(1) as pool:  # the critic in a thread: -23 % update time on two cores
         critic_sums = pool.submit(descend, agent, critic, value_loss, batch, minibatches, args)
+        if usable_cores() == 1:  # two threads on one core wait for each other
+            critic_sums.result()
         return [descend(agent, actor, policy_loss, batch, minibatches, args), critic_sums.result()]
 
 
@@ -1674,13 +1669,12 @@ class CudaGraph:
         self.side, self.works, self.fixed = torch.cuda.Stream(), world_size() == 1, None
 
     def __call__(
-        self, agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor],
-        minibatches: Minibatches, args: Args,
-    ) -> list[dict[str, Tensor]]:  # fmt: skip
+        self, agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Tensor, args: Args
+    ) -> list[dict[str, Tensor]]:
         if not self.batch:
             self.batch = {name: tensor.clone() for name, tensor in batch.items()}
-            self.minibatch = [tensor.clone() for tensor in minibatches[0]]
-            self.scalars = torch.zeros(3, device=self.minibatch[0].device)
+            self.minibatch = minibatches[:1].clone()
+            self.scalars = torch.zeros(3, device=minibatches.device)
         fixed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in self.COPIED}
         self.graph, self.fixed = self.graph if fixed == self.fixed else None, fixed
         for name, tensor in batch.items():
@@ -1693,8 +1687,7 @@ class CudaGraph:
         self.step = functools.partial(self.one_minibatch, agent, optimizers, args)
         totals: list[Any] = [0, 0]
         for minibatch in minibatches:
-            for own, new in zip(self.minibatch, minibatch):
-                own.copy_(new)
+            self.minibatch.copy_(minibatch)
             if self.graph is None:
                 self.step()
             else:
@@ -1709,8 +1702,8 @@ class CudaGraph:
         (actor, critic), main = optimizers, torch.cuda.current_stream()
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
-            critic_sums = descend(agent, critic, value_loss, self.batch, [self.minibatch], args)
-        actor_sums = descend(agent, actor, policy_loss, self.batch, [self.minibatch], args)
+            critic_sums = descend(agent, critic, value_loss, self.batch, self.minibatch, args)
+        actor_sums = descend(agent, actor, policy_loss, self.batch, self.minibatch, args)
         main.wait_stream(self.side)
         self.names = [list(sums) for sums in (actor_sums, critic_sums)]
         self.sums = [torch.stack(list(sums.values())) for sums in (actor_sums, critic_sums)]
@@ -1730,7 +1723,7 @@ class CudaGraph:
         agent = copy.deepcopy(agent).cpu()
         optimizers, batch = make_optimizers(agent), {name: tensor.cpu() for name, tensor in self.batch.items()}
         rows = min(args.minibatch_size, 1024)
-        few = [tuple(tensor[:rows].cpu() for tensor in self.minibatch)] * 4
+        few = self.minibatch[:, :rows].cpu().expand(4, -1)
         for _ in range(2):  # the first warms up
             began = time.perf_counter()
             descend_both(agent, optimizers, batch, few, args)
@@ -2478,7 +2471,7 @@ def validate(args: Options) -> None:
         (not (args.min_std and args.state_dependent_std), "--min-std and --state-dependent-std exclude each other"),
         (args.min_std <= args.initial_std, "--min-std must not be more than --initial-std"),
         (args.batch_size % args.num_minibatches == 0, "--num-minibatches must divide --num-envs x --num-steps"),
-        (args.minibatch_size > 1, "--num-minibatches leaves one sample a minibatch: no advantage to normalise"),
+        (args.batch_size > 1, "--num-envs x --num-steps is one step: no advantages to normalise"),
         (args.resume is None or args.evaluate is None, "--resume and --evaluate exclude each other"),
     ):
         if not good:

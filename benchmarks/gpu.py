@@ -92,13 +92,13 @@ def minibatch(hidden: int, size: int, how: str, limit: float) -> list[float]:
     state = pv.State(args, TASK, device)
     rows = 2 * size
     batch = {"obs": torch.randn(rows, 26), "actions": 0.5 * torch.randn(rows, 4), "logprobs": torch.full((rows,), -3.0)}
-    batch |= {"returns": torch.randn(rows), "values": torch.randn(rows)}
+    batch |= {name: torch.randn(rows) for name in ("advantages", "returns", "values")}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     for optimizer in state.optimizers:
         optimizer.param_groups[0]["lr"] = 1e-6
 
     def descend(count: int) -> None:
-        some = [(torch.randperm(rows)[:size].to(device), torch.randn(size).to(device)) for _ in range(count)]
+        some = torch.stack([torch.randperm(rows)[:size] for _ in range(count)]).to(device)
         run = state.descend_both if how == "graph" else one_by_one if how == "kernels" else pv.descend_both
         for optimizer in state.optimizers:
             optimizer.param_groups[0]["lr"] = 1e-6

@@ -137,8 +137,7 @@ OBS_CLIP, REWARD_CLIP = 10.0, 10.0  # of normalised observations and scaled rewa
 class Normalizer(nn.Module):
     """Running mean and variance as buffers of a module, so that no checkpoint can lose them (CleanRL #425).
 
-    They are frozen through a rollout and its update; `update` merges the rollout's rows once an iteration. With several
-    processes it merges those of all.
+    They are frozen through a rollout and its update; then `update` merges the rollout's rows, those of all processes.
     """
 
     mean: Tensor
@@ -245,8 +244,7 @@ class Categorical(nn.Module):
         super().__init__()
         self.outputs = action_dim
 
-    def initialize(self, last: nn.Linear) -> None:
-        """There is no standard deviation."""
+    def initialize(self, last: nn.Linear) -> None: ...
 
     def log_prob_entropy(self, out: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """The log probability of one-hot `actions` (..., action_dim) and the entropy, (...) each, in nats."""
@@ -495,10 +493,7 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
 def train(
     args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None, agent: dict[str, Tensor] | None = None
 ) -> int | None:
-    """Trains from new networks, from those of an `agent`, or on from a saved state; evaluates and saves.
-
-    Returns the signal that stopped it, if one did.
-    """
+    """Trains new networks, those of an `agent`, or a saved state's. Returns the signal that stopped it, if one did."""
     folder = folder.absolute()  # whatever an environment does to the working directory
     set_up_torch()
     state = State(args, task, torch.device("cpu"))

@@ -76,10 +76,10 @@ def make_args(hidden: tuple[int, ...], **changed: Any) -> pv.Options:
 
 
 def run_tests() -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-o", "addopts="]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(4, pv.usable_cores()))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([*command, str(ROOT / "tests")], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         print(done.stdout[-6000:], file=sys.stderr)
     return done.stdout.strip().splitlines()[-1]

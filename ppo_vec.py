@@ -9,7 +9,8 @@
 
 What stands where. First the algorithm: Args, Agent, gae, policy_loss, value_loss, update, Rollout, collect, train.
 Then the engineering: options and schedules, the optimizer, environments, the acting policy, workers, walkers, several
-processes, CUDA, checkpoints, evaluation, logs, command line.
+processes, CUDA, checkpoints, evaluation, logs, command line. A State (see checkpoints) holds agent, optimizers,
+random generators and counters.
 
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438. "37 details": Huang et al.
 2022, "The 37 Implementation Details of Proximal Policy Optimization". Names follow CleanRL's ppo_continuous_action.py.
@@ -56,10 +57,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_type_hints
 
-if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # else torch refuses: not deterministic
+if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # with any other, torch raises on CUDA
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-# Before NumPy is imported; what the user has set is respected. The policy's matrices are too small to share among
-# threads. OpenBLAS picks a kernel by processor, and each gives other last bits: take one that every AVX2 machine has.
+# To be set before NumPy is imported; a user's own value stays. One thread: the policy's matrices are too small to
+# share. OpenBLAS chooses a kernel by processor, and each gives other last bits: take one that all AVX2 machines have.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
 with contextlib.suppress(OSError):
     if " avx2 " in Path("/proc/cpuinfo").read_text():
@@ -85,10 +86,10 @@ class Args:
     """The arguments of PPO. `Options`, further down, adds the engineering's; TUNED has better values for some tasks."""
 
     seed: int = 1  # seed of everything random: environments, action noise, shuffling and initialisation
-    cuda: bool = False  # keep the networks and the rollout on the GPU (the environments always run on the CPU)
+    cuda: bool = False  # run the networks on the GPU (environments and the acting policy stay on the CPU)
 
     total_timesteps: int = 1_000_000  # environment steps to train for; the first rollout that reaches it is the last
-    num_envs: int = 16  # the number of environments stepped in parallel
+    num_envs: int = 16  # the number of environments stepped in parallel (with torchrun: by each process)
     num_steps: int = 128  # steps of each environment per rollout
     learning_rate: float = 3e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
     critic_learning_rate: float | None = None  # the critic's own learning rate; None: --learning-rate
@@ -107,7 +108,7 @@ class Args:
     target_kl: float | None = None  # end the actor's update before the minibatch whose approximate KL exceeds this
 
     initial_std: float = 0.5  # the standard deviation of the first actions, in units of the action bounds
-    min_std: float = 0.0  # the standard deviation never falls below this
+    min_std: float = 0.0  # after each update, standard deviations below this are raised to it
     state_dependent_std: bool = False  # let the actor also output the log standard deviation, clamped to [-20, 2]
     actor_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the actor's hidden layers
     critic_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the critic's hidden layers
@@ -137,7 +138,7 @@ OBS_CLIP, REWARD_CLIP = 10.0, 10.0  # of normalised observations and scaled rewa
 class Normalizer(nn.Module):
     """Running mean and variance as buffers of a module, so that no checkpoint can lose them (CleanRL #425).
 
-    They are frozen through a rollout and its update; then `update` merges the rollout's rows, those of all processes.
+    Only `Normalizer.update` changes them: for observations at the end of a PPO update, for returns in `scale_rewards`.
     """
 
     mean: Tensor
@@ -155,7 +156,7 @@ class Normalizer(nn.Module):
         return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-OBS_CLIP, OBS_CLIP).float()
 
     def update(self, rows: Tensor) -> None:
-        """Merges the mean and variance of `rows` (n, size) (Chan et al. 1979)."""
+        """Merges the mean and variance of `rows` (n, size), and of all other processes' rows (Chan et al. 1979)."""
         rows, n = rows.double(), len(rows)
         for mean, var in all_ranks(torch.stack((rows.mean(0), rows.var(0, unbiased=False)))):
             total, delta = self.count + n, mean - self.mean
@@ -165,20 +166,21 @@ class Normalizer(nn.Module):
 
 
 def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequential:
-    """Layers with orthogonal weights and no bias at first (37 details, no. 2)."""
-    layers: list[Any] = []
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes), start=2):
-        layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation][0]()]
-        nn.init.orthogonal_(layers[-2].weight, gain=math.sqrt(2) if i < len(sizes) else last_gain)
-        nn.init.zeros_(layers[-2].bias)
+    """Linear layers with activations between them; at first weights are orthogonal, biases 0 (37 details, no. 2)."""
+    layers: list[nn.Module] = []
+    for i in range(1, len(sizes)):
+        linear = nn.Linear(sizes[i - 1], sizes[i])
+        nn.init.orthogonal_(linear.weight, gain=math.sqrt(2) if i < len(sizes) - 1 else last_gain)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, ACTIVATIONS[activation][0]()]
     return nn.Sequential(*layers[:-1])
 
 
 class Gaussian(nn.Module):
-    """A diagonal Gaussian over actions in units of the bounds, not clipped.
+    """A diagonal Gaussian over actions, where -1 and 1 are the action bounds. Samples may lie beyond them.
 
-    Another distribution, such as a Beta, is a class with `outputs` and the methods below (but mean_logstd), which
-    `Distribution` then names.
+    For another distribution, such as a Beta, write a class with `outputs` and all methods below except mean_logstd, and
+    let `Distribution` name it.
     """
 
     def __init__(self, action_dim: int, args: Args) -> None:
@@ -189,12 +191,12 @@ class Gaussian(nn.Module):
         self.logstd = None if args.state_dependent_std else nn.Parameter(logstd)
 
     def initialize(self, last: nn.Linear) -> None:
-        """Sets the bias of the actor's outputs for the standard deviation, if it has such, to --initial-std."""
+        """Sets the bias of the outputs for the log standard deviation, if the actor has them, to log(--initial-std)."""
         if self.logstd is None:
             last.bias.data[len(last.bias) // 2 :] = self.first_logstd
 
     def mean_logstd(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The actor's output (..., outputs) -> mean and log standard deviation (..., action_dim)."""
+        """The actor's output (..., outputs) -> mean (..., action_dim) and log std: the same shape, or (action_dim,)."""
         if self.logstd is not None:
             return out, self.logstd
         mean, logstd = out.chunk(2, dim=-1)
@@ -211,7 +213,7 @@ class Gaussian(nn.Module):
     def bounds_loss(self, out: Tensor) -> Tensor:
         """The squared excess of the mean beyond the action bounds, (...).
 
-        Out there an environment cannot tell two actions apart, so no gradient of the reward brings a mean back.
+        Beyond the bounds all actions do the same, so the reward has no gradient that brings a mean back.
         """
         return (self.mean_logstd(out)[0].abs() - 1).clamp(min=0).square().sum(-1)
 
@@ -229,7 +231,7 @@ class Gaussian(nn.Module):
     def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
         """In NumPy: output (n, outputs), noise or None for the mean -> actions (n, action_dim).
 
-        std is (action_dim,), or (0,) where the output has it.
+        std is (action_dim,); it is empty where the output has it.
         """
         if not len(std):
             out, logstd = np.split(out, 2, axis=-1)
@@ -308,14 +310,13 @@ def gae(
 
     An environment is reset in the step that ends its episode. So next_values[t] is values[t + 1], but in a truncated
     row it is the value of the true last observation: a truncated episode is bootstrapped from it. A terminated one is
-    not bootstrapped (termination wins if both are set). Neither lets the sum run on into the next episode.
+    not bootstrapped (termination wins if both are set). At the end of either the sum stops.
 
     Args: all (T, N); rewards, values and next_values float32, terminated and truncated bool.
     Returns: advantages (T, N).
     """
-    delta = rewards + gamma * next_values * ~terminated - values
+    advantages = rewards + gamma * next_values * ~terminated - values  # the deltas, which the loop sums up
     decay = gamma * gae_lambda * ~(terminated | truncated)
-    advantages = delta.clone()
     for t in reversed(range(len(rewards) - 1)):
         advantages[t] += decay[t] * advantages[t + 1]
     return advantages
@@ -351,7 +352,7 @@ def policy_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor
 
 
 def value_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. The factor only affects gradient clipping.
+    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. To Adam it matters in clipping, else hardly.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
     Returns: the loss, and 0.5 x MSE as a metric without gradient.
@@ -361,43 +362,43 @@ def value_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor,
     if args.clip_vloss:
         clipped = mb["values"] + (value - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
         error = torch.maximum(error, (clipped - mb["returns"]).square())
-    loss = 0.5 * error.mean()
-    return 0.5 * loss, {"value_loss": loss.detach()}
+    half_mse = 0.5 * error.mean()
+    return 0.5 * half_mse, {"value_loss": half_mse.detach()}
 
 
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are normalised once, over the rollout: in each minibatch (37 details, no. 7), a quiet one would weigh as
-    much as one with a rare, large reward. The observation normaliser is frozen until the end; then it merges the
-    rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
+    Advantages are normalised once, over the rollout, and not in each minibatch (37 details, no. 7): there a minibatch
+    without events weighs as much as one with a rare, large reward. The observation normaliser changes only at the end:
+    it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
     """
-    agent, (actor, critic) = state.agent, state.optimizers
+    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
-    advantages = errors = gae(*steps, args.gamma, args.gae_lambda)
+    advantages = gae(*steps, args.gamma, args.gae_lambda)
+    returns = advantages + rollout.values
     if args.value_lambda is not None:
-        errors = gae(*steps, args.gamma, args.value_lambda)
-    returns = errors + rollout.values
-    pooled = torch.stack(all_ranks(advantages))  # with torchrun: of all processes
+        returns = gae(*steps, args.gamma, args.value_lambda) + rollout.values
+    ours = torch.stack((advantages, returns, returns - rollout.values))
+    all_advantages, all_returns, all_errors = torch.stack(all_ranks(ours), dim=1)  # with torchrun: of all processes
     batch = {
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
-        "advantages": (advantages - pooled.mean()) / (pooled.std() + 1e-8),
+        "advantages": (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8),
         "returns": returns, "values": rollout.values,
     }  # fmt: skip
     batch = {name: rows.flatten(0, 1).to(state.device) for name, rows in batch.items()}
     inds = [torch.randperm(args.batch_size, generator=state.shuffle_rng) for _ in range(args.update_epochs)]
     minibatches = torch.stack(inds).view(-1, args.minibatch_size).to(state.device)
 
-    actor.begin(args.learning_rate)
-    critic.begin(args.critic_learning_rate or args.learning_rate)
+    actor_optimizer.begin(args.learning_rate)
+    critic_optimizer.begin(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
-    # `descend` for the actor with policy_loss and the critic with value_loss, at the same time: they share nothing.
+    # `descend` for the actor with policy_loss and the critic with value_loss, side by side: they share no weights.
     for sums in state.descend_both(agent, state.optimizers, batch, minibatches, args):
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
-    returns, errors = torch.stack(all_ranks(torch.stack((returns, returns - rollout.values)))).transpose(0, 1)
-    explained = float(1 - errors.var() / returns.var()) if returns.var() > 0 else 0.0
+    explained = float(1 - all_errors.var() / all_returns.var()) if all_returns.var() > 0 else 0.0
     return {**metrics, "explained_variance": explained}
 
 
@@ -405,7 +406,7 @@ def descend(
     agent: Agent, optimizer: FlatAdam, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     batch: dict[str, Tensor], minibatches: Tensor, args: Args,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Takes a step for each minibatch, a row of indices into batch. Returns how many, and the sum of each metric."""
+    """A step of Adam for each minibatch, a row of indices into batch. Returns how many, and the sum of each metric."""
     sums = torch.zeros((), device=optimizer.flat.device)
     for mb_inds in minibatches:
         loss, metrics = loss_of(agent, {name: rows[mb_inds] for name, rows in batch.items()}, args)
@@ -413,7 +414,7 @@ def descend(
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{loss_of.__name__}_grad_norm"] = norm = optimizer.minimize(loss, args.max_grad_norm)
         row = torch.stack([torch.ones_like(norm), *metrics.values()])
-        sums = sums + row.masked_fill(optimizer.found_inf > 0, 0.0)  # a step that is not taken does not count
+        sums = sums + row.masked_fill(optimizer.found_inf > 0, 0.0)  # beyond target_kl no step was taken
         if optimizer.stopped():
             break
     return dict(zip(("steps", *metrics), sums))
@@ -426,17 +427,17 @@ def descend(
 class Rollout:
     """What the environments did in num_steps steps, and what `collect` makes of it. T = num_steps, N = num_envs.
 
-    On the CPU; what the networks need for all rows is on their device: both kinds of obs, actions and logprobs.
+    On the CPU, except obs, normalized_obs, actions and logprobs, which `collect` leaves on the networks' device.
     """
 
     obs: Tensor  # (T + 1, N, obs_dim + extra_dim) raw, float64; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw, float64; in done rows the episode's true last observation
+    final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw, float64; the true last observation, in done rows only
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
-    rewards: Tensor  # (T, N) raw; `collect` puts in their place those that training uses
+    rewards: Tensor  # (T, N) raw; `collect` replaces them by those that training uses
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
     restarted: Tensor  # (N,) bool; a new episode began before row 0, because the old one could not be replayed
-    episodes: list[dict[str, Any]]  # those that ended, in order, see Worker.rollout
+    episodes: list[dict[str, Any]]  # those that ended, in order: global_step, env, return, length and fell of each
     # What `collect` adds:
     normalized_obs: Tensor = field(init=False)  # (T + 1, N, obs_dim + extra_dim), for the networks
     logprobs: Tensor = field(init=False)  # (T, N) of the policy that acted
@@ -445,19 +446,19 @@ class Rollout:
 
 
 def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
-    """Divides rewards (T, N) by the running standard deviation of the discounted return, and clips them to +-10.
+    """Divides rewards (T, N) by the standard deviation of all discounted returns so far, and clips them to +-10.
 
-    37 details, continuous control no. 8. All of a rollout's rewards are divided by the same number, of which they are
-    already a part.
+    37 details, continuous control nos. 8 and 9. The rollout's own returns are merged first; then all its rewards are
+    divided by the same number. (`training_rewards`, further down, calls this.)
     """
-    running = (~(rollout.terminated | rollout.truncated)).numpy()
-    discounted = state.discounted_return.numpy() * ~rollout.restarted.numpy()
-    sums = rewards.double().numpy()  # NumPy: so small steps take torch six times as long
-    for t in range(len(sums)):
-        sums[t] += gamma * discounted
-        discounted = sums[t] * running[t]
-    state.discounted_return = torch.from_numpy(discounted)
-    state.return_statistics.update(torch.from_numpy(sums).view(-1, 1))
+    goes_on = (~(rollout.terminated | rollout.truncated)).numpy()
+    carried = state.discounted_return.numpy() * ~rollout.restarted.numpy()
+    returns = rewards.double().numpy()  # of the past, discounted; in NumPy: torch takes six times as long here
+    for t in range(len(returns)):
+        returns[t] += gamma * carried
+        carried = returns[t] * goes_on[t]
+    state.discounted_return = torch.from_numpy(carried)
+    state.return_statistics.update(torch.from_numpy(returns).view(-1, 1))
     variance = state.return_statistics.var
     deviation = torch.where(variance > 0, variance, 1.0).sqrt()
     return (rewards / deviation).clamp(-REWARD_CLIP, REWARD_CLIP).float()
@@ -467,16 +468,16 @@ def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float)
 def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     """Lets every environment take num_steps steps with the current policy.
 
-    The workers act with a NumPy copy of the policy on noise drawn here, one message per rollout. Values and log
-    probabilities are then computed in one pass by the network that the update differentiates, from the same raw
-    observations and unclipped actions. Raises TrainingError where a rollout fails.
+    The workers act with a NumPy copy of the actor, on noise drawn here: one message each for a whole rollout. The agent
+    itself then computes values and log probabilities of all steps at once, so that the update's first ratios are 1.
+    Actions are stored unclipped. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
     shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim
     noise = agent.distribution.noise(state.noise_rng, *shape)
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size * world_size()
-    rollout.rewards = training_rewards(state, rollout, args)
+    rollout.rewards = training_rewards(state, rollout, args)  # scale_rewards, and what some environments need beside
     rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
     rollout.normalized_obs = x = agent.normalizer(rollout.obs)
     rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
@@ -490,25 +491,23 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
 # ---- Train -----------------------------------------------------------------------------------------------------------
 
 
-def train(
-    args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None, agent: dict[str, Tensor] | None = None
-) -> int | None:
-    """Trains new networks, those of an `agent`, or a saved state's. Returns the signal that stopped it, if one did."""
+def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None = None, new: bool = True) -> int | None:
+    """Trains a `new` run (with `tree`'s networks, if given) or continues `tree`. Returns the signal that stopped it."""
     folder = folder.absolute()  # whatever an environment does to the working directory
     set_up_torch()
     state = State(args, task, torch.device("cpu"))
-    if saved:
-        state.load_share(saved)
-    elif agent:
-        state.agent.load_state_dict(agent)
+    if tree and new:
+        state.agent.load_state_dict(tree["agent"])
+    elif tree:
+        state.load_share(tree)
     envs = VecEnv(args, task, state.envs)
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
         save(folder, state, log)
         while state.global_step < args.total_timesteps and not stopped():
-            log.lap("files")  # and evaluations
-            now = scheduled(args, state.global_step, state.shown)
+            log.lap("files")  # and evaluations: a rollout's time is without them
+            now = scheduled(args, state.global_step, state.shown)  # the arguments of this iteration
             rollout = collect(envs, state, now)
             log.lap("rollout")
             metrics = update(state, rollout, now)
@@ -529,8 +528,9 @@ def train(
 
 
 # ======================================================================================================================
-# You have read PPO. The rest is engineering. (What some environments need beside plain PPO begins it: `Options`, TUNED,
-# `scheduled` and `training_rewards`.)
+# You have read PPO. The rest is engineering, and some details of PPO: learning rates fall in `scheduled`, FlatAdam
+# clips the gradient and has Adam's epsilon, Policy.env_action clips actions. First comes what some environments need
+# beside plain PPO: `Options`, TUNED, `scheduled` and `training_rewards`.
 # ======================================================================================================================
 
 # ---- Options, schedules, and the rewards that training uses ----------------------------------------------------------
@@ -673,7 +673,7 @@ class FlatAdam(torch.optim.Adam):
         nn.utils.vector_to_parameters(flat.data, parameters)  # sets each p.data to its view
         super().__init__([flat], eps=1e-5, fused=True, capturable=flat.is_cuda)  # eps: 37 details, no. 3
         self.flat, self.views = flat, parameters
-        self.found_inf = torch.zeros((), device=flat.device)  # Adam takes no step while it is 1
+        self.found_inf = torch.zeros((), device=flat.device)  # torch's name: Adam takes no step while it is 1
         self.group = dist.new_group() if world_size() > 1 else None  # each network's messages are its own
         step, zeros = torch.zeros((), device=flat.device), torch.zeros_like(flat.data)
         self.state[flat] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}  # so that it can be saved
@@ -952,8 +952,7 @@ class Policy:
         self.obs_scale = (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt().cpu().numpy()
         arrays: list[Any] = [torch.empty(0) if logstd is None else logstd.exp()]
         arrays += [w.t() for name, w in weights.items() if re.fullmatch(r"actor\.\d+\.(weight|bias)", name)]
-        arrays = [array.detach().cpu().numpy().astype(np.float32, order="C") for array in arrays]
-        self.std, *layers = arrays
+        self.std, *layers = (array.detach().cpu().numpy().astype(np.float32, order="C") for array in arrays)
         self.layers = list(zip(layers[0::2], layers[1::2]))
         self.activation, self.low, self.high = activation, low, high
         self.distribution = Categorical if low.dtype.kind == "i" else Distribution  # see Task
@@ -995,7 +994,7 @@ class Policy:
 
 @torch.no_grad()
 def check_copy(agent: Agent, task: Task, args: Args) -> None:
-    """Raises TrainingError where Policy does not act as the agent does, as after a change of one of them only."""
+    """Raises TrainingError where Policy's outputs are not Agent.policy's, as after a change of one of them only."""
     with torch.random.fork_rng(devices=[]):  # on random weights and statistics: at first many are 0 or 1
         torch.manual_seed(0)
         probe = copy.deepcopy(agent).cpu()
@@ -1658,10 +1657,10 @@ class CudaGraph:
 
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.fixed: dict[str, Any] | None
         self.batch: dict[str, Tensor] = {}
         # (Never tried with several processes: no machine with two GPUs was at hand.)
-        self.side, self.works, self.fixed = torch.cuda.Stream(), world_size() == 1, None
+        self.side, self.works = torch.cuda.Stream(), world_size() == 1
+        self.fixed: dict[str, Any] | None = None
 
     def __call__(
         self, agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Tensor, args: Args
@@ -1729,10 +1728,8 @@ class CudaGraph:
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
 
 FORMAT = f"ppo_vec 4 {Distribution.__name__}"
-READABLE = (
-    FORMAT,
-    *("ppo_vec 3 Gaussian", "ppo_vec 2", "ppo_vec 1") * (Distribution is Gaussian),
-)  # of the older ones only the policy
+OLDER = "ppo_vec 3 Gaussian", "ppo_vec 2", "ppo_vec 1"  # of these only the policy is read
+READABLE = FORMAT, *OLDER * (Distribution is Gaussian)
 MAGIC = b"ppo_vec1"  # before the digest that follows the checkpoint's bytes
 MAX_BYTES = 2**31  # of a file that is read
 PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict"  # what a checkpoint's pickle calls
@@ -2183,8 +2180,9 @@ def say(message: str) -> None:
 
     if rank():
         return
-    logging.getLogger("ppo_vec").info(message)
-    with contextlib.suppress(OSError):  # a log file on a full disk, a terminal that has gone
+    with contextlib.suppress(OSError):  # a folder in the place of log.txt
+        logging.getLogger("ppo_vec").info(message)
+    with contextlib.suppress(OSError):  # stderr on a full disk, a terminal that has gone
         tqdm.write(message, file=sys.stderr)
 
 
@@ -2252,10 +2250,8 @@ class Log:
         if (summary := read_json(folder / "summary.json")).get("finished"):  # a finished run that goes on
             write_file(folder / "summary.json", json.dumps({**summary, "finished": False}, indent=2).encode())
         self.paths = {"events": folder / "events.out.tfevents.0", "episodes": folder / "episodes.csv"}
-        headers = (
-            self.record(file_version="brain.Event:2") + self.arguments(),
-            b"global_step,time_s,return,length,env\n",
-        )
+        first = self.record(file_version="brain.Event:2") + self.arguments()
+        headers = first, b"global_step,time_s,return,length,env\n"
         self.files: dict[str, Any] = {}
         for (name, path), header in zip(self.paths.items(), headers):
             with cannot_write(path):
@@ -2447,7 +2443,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what the
     ("(final_)?gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     ("swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
     ("anneal_share", lambda v: 0 < v <= 1, "lie in (0, 1]"),
-    ("ent_coef|\\w+_coef|action_cost|min_std|seed", lambda v: 0 <= v < math.inf, "be a finite number, not negative"),
+    ("\\w+_coef|action_cost|min_std|seed", lambda v: 0 <= v < math.inf, "be a finite number, not negative"),
     ("(final_)?fall_reward", lambda v: -math.inf < v < 0, "be a finite number less than 0"),
     ("run_name", lambda v: Path(v).name == v != "..", "be a plain folder name"),
 )  # fmt: skip
@@ -2539,16 +2535,15 @@ def set_up_torch() -> None:
 
 
 def choose_device(args: Args) -> torch.device:
-    device = torch.device("cpu")
     if args.cuda:
         try:
             if "LOCAL_RANK" in os.environ and torch.cuda.device_count():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
             torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")
-            device = torch.device("cuda")
+            return torch.device("cuda")
         except (RuntimeError, AssertionError) as error:  # none, one without kernels in this torch, one that is taken
             say(f"warning: --cuda: no CUDA device that torch can use ({one_line(error)[:80]}); training on the CPU")
-    return device
+    return torch.device("cpu")
 
 
 def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) -> None:
@@ -2661,18 +2656,13 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         logger = logging.getLogger("ppo_vec")
         handler: Any = logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True)  # a refused run has none
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        write = handler.emit
-
-        def emit(record: logging.LogRecord) -> None:
-            with contextlib.suppress(OSError):  # a full disk, a folder in its place: stderr has the line, too
-                write(record)
-
-        handler.emit, handler.handleError = emit, lambda record: None
+        handler.handleError = lambda record: None  # a full disk: stderr has the line, too
         logger.setLevel(logging.INFO), logger.addHandler(handler)
         try:
             yield dataclasses.replace(args, run_name=name), folder
         except TrainingError as error:
-            logger.error(f"error: {error}")
+            with contextlib.suppress(OSError):  # as in `say`
+                logger.error(f"error: {error}")
             raise
         finally:
             with contextlib.suppress(OSError):
@@ -2703,9 +2693,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 say(f"{path.parent} is finished; a longer --total-timesteps would extend it")
                 return 0
         with run_folder(args, new=path is None) as (args, folder):
-            number = (
-                train(args, task, folder, tree) if path else train(args, task, folder, agent=tree and tree["agent"])
-            )
+            number = train(args, task, folder, tree, new=path is None)
             if number is not None:
                 say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}")
         return 128 + number if number is not None else 0

@@ -130,8 +130,8 @@ def minibatch_seconds(rows: int, repeats: int) -> float:
     """One step of both networks on so many rows, in two threads as in training."""
     state, _ = start(make_args(1, steps=rows))
     batch = {"obs": torch.randn(rows, 26), "actions": 0.5 * torch.randn(rows, 4), "logprobs": torch.full((rows,), -3.0)}
-    batch |= {"returns": torch.randn(rows), "values": torch.randn(rows)}
-    some = [(torch.randperm(rows), torch.randn(rows)) for _ in range(20)]
+    batch |= {name: torch.randn(rows) for name in ("advantages", "returns", "values")}
+    some = torch.stack([torch.randperm(rows) for _ in range(20)])
     for optimizer in state.optimizers:
         optimizer.param_groups[0]["lr"] = 1e-8
     args = make_args(1, steps=rows)

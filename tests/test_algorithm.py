@@ -672,7 +672,7 @@ def test_a_failing_network_is_told_when_the_other_has_ended(
 
 
 def test_on_one_core_the_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads would only wait for each other. The bits are the same."""
+    """A second thread buys nothing there. The bits are the same."""
     states, events, real = [make_state(make_args()) for _ in range(2)], [], ppo_vec.descend
 
     def descend(agent: Agent, optimizer: Any, *args: Any) -> dict[str, Tensor]:

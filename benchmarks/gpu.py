@@ -95,13 +95,13 @@ def minibatch(hidden: int, size: int, how: str, limit: float) -> list[float]:
     batch |= {name: torch.randn(rows) for name in ("advantages", "returns", "values")}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     for optimizer in state.optimizers:
-        optimizer.param_groups[0]["lr"] = 1e-6
+        optimizer.learning_rate = 1e-6
 
     def descend(count: int) -> None:
         some = torch.stack([torch.randperm(rows)[:size] for _ in range(count)]).to(device)
         run = state.descend_both if how == "graph" else one_by_one if how == "kernels" else pv.descend_both
         for optimizer in state.optimizers:
-            optimizer.param_groups[0]["lr"] = 1e-6
+            optimizer.learning_rate = 1e-6
         times.append(seconds(lambda: run(state.agent, state.optimizers, batch, some, args), 1)[0] / count)
 
     if how == "kernels":

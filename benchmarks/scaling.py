@@ -133,7 +133,7 @@ def minibatch_seconds(rows: int, repeats: int) -> float:
     batch |= {name: torch.randn(rows) for name in ("advantages", "returns", "values")}
     some = torch.stack([torch.randperm(rows) for _ in range(20)])
     for optimizer in state.optimizers:
-        optimizer.param_groups[0]["lr"] = 1e-8
+        optimizer.learning_rate = 1e-8
     args = make_args(1, steps=rows)
     return timed(lambda: pv.descend_both(state.agent, state.optimizers, batch, some, args), repeats) / len(some)
 

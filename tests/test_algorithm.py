@@ -96,7 +96,7 @@ def fake_rollout(state: State, seed: int = 0) -> Rollout:
 
 def steps_taken(state: State) -> list[int]:
     """By the actor and by the critic."""
-    return [int(optimizer.state_dict()["state"][0]["step"]) for optimizer in state.optimizers]
+    return [int(optimizer.state["step"]) for optimizer in state.optimizers]
 
 
 def naive_gae(r: Any, v: Any, next_v: Any, terminated: Any, truncated: Any, gamma: float, lam: float) -> np.ndarray:
@@ -533,13 +533,13 @@ def test_a_parameter_beside_actor_and_critic_is_trained_or_refused(monkeypatch: 
 
 
 def test_actor_and_critic_are_clipped_each_on_its_own() -> None:
-    """With one minibatch, the gradients that remain after the update are those of its only step."""
+    """With one minibatch, Adam's first moments are a tenth of the gradients of its only step."""
     norms, directions = {}, []
     for limit in (1e9, 1e-3):
         args = make_args(num_minibatches=1, update_epochs=1, max_grad_norm=limit)
         state = make_state(args)
         metrics = update(state, fake_rollout(state), args)
-        left = [optimizer.param_groups[0]["params"][0].grad for optimizer in state.optimizers]
+        left = [10 * optimizer.state["exp_avg"] for optimizer in state.optimizers]
         norms[limit] = [float(grad.norm()) for grad in left]
         directions.append([grad / grad.norm() for grad in left])
         logged = [metrics[f"{name}_loss_grad_norm"] for name in ("policy", "value")]  # before they are clipped
@@ -555,12 +555,12 @@ def test_actor_and_critic_are_stepped_by_adam_with_their_own_rates() -> None:
     rates = {"learning_rate": 1e-3, "critic_learning_rate": 1e-2}
     args = make_args(num_minibatches=1, update_epochs=1, max_grad_norm=1e-3, **rates)
     state = make_state(args)
-    flats = [optimizer.param_groups[0]["params"][0] for optimizer in state.optimizers]
-    before = [flat.clone() for flat in flats]
+    before = [optimizer.flat.clone() for optimizer in state.optimizers]
     update(state, fake_rollout(state), args)
-    for old, new, rate in zip(before, flats, rates.values()):
-        expected = old - rate * new.grad / (new.grad.abs() + 1e-5)
-        torch.testing.assert_close(new, expected, rtol=0, atol=1e-2 * rate)
+    for old, optimizer, rate in zip(before, state.optimizers, rates.values()):
+        gradient = 10 * optimizer.state["exp_avg"]  # of the clipped loss: see above
+        expected = old - rate * gradient / (gradient.abs() + 1e-5)
+        torch.testing.assert_close(optimizer.flat, expected, rtol=0, atol=1e-2 * rate)
 
 
 def test_the_deviation_does_not_fall_below_its_floor() -> None:
@@ -571,7 +571,7 @@ def test_the_deviation_does_not_fall_below_its_floor() -> None:
         state.agent.distribution.logstd.data.copy_(torch.tensor([0.5, 0.5, 0.9]).log())
         update(state, fake_rollout(state), args)
         agents[args.min_std] = state.agent
-        stepped = state.optimizers[0].param_groups[0]["params"][0]  # what Adam steps
+        stepped = state.optimizers[0].flat  # what Adam steps
         assert stepped[:ACTIONS].tolist() == state.agent.distribution.logstd.tolist()
     assert set((agents[0.0].distribution.logstd < math.log(0.5)).tolist()) == {True, False}
     assert torch.equal(agents[0.5].distribution.logstd, agents[0.0].distribution.logstd.clamp(min=math.log(0.5)))
@@ -665,29 +665,98 @@ def test_a_failing_network_is_told_when_the_other_has_ended(
         return {}
 
     monkeypatch.setattr(ppo_vec, "descend", descend)
-    monkeypatch.setattr(ppo_vec, "usable_cores", lambda: 2)
     with pytest.raises(error, match="a job"):
         update(state, fake_rollout(state), state.args)
     assert ended == [True]
 
 
-def test_on_one_core_the_networks_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second thread buys nothing there. The bits are the same."""
-    states, events, real = [make_state(make_args()) for _ in range(2)], [], ppo_vec.descend
+# ---- Recordings ------------------------------------------------------------------------------------------------------
 
-    def descend(agent: Agent, optimizer: Any, *args: Any) -> dict[str, Tensor]:
-        network = state.optimizers.index(optimizer)
-        events.append(("begins", network))
-        sums = real(agent, optimizer, *args)
-        events.append(("ends", network))
-        return sums
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {}, "state_dependent_std": {"state_dependent_std": True}, "clip_vloss": {"clip_vloss": True},
+    "bounds_loss": {"bounds_loss_coef": 0.5}, "relu": {"activation": "relu"}, "elu": {"activation": "elu"},
+    "target_kl": {"target_kl": 0.02, "learning_rate": 3e-3}, "one": {"num_minibatches": 1}, "discrete": {},
+}  # fmt: skip
 
-    monkeypatch.setattr(ppo_vec, "descend", descend)
-    for cores, state in zip((1, 2), states):
-        monkeypatch.setattr(ppo_vec, "usable_cores", lambda cores=cores: cores)
-        update(state, fake_rollout(state), state.args)
-    assert events[:4] == [("begins", 1), ("ends", 1), ("begins", 0), ("ends", 0)]
+
+def by_autograd(agent: Agent, optimizers: Any, batch: dict[str, Tensor], *rest: Any) -> list[dict[str, Tensor]]:
+    """descend_both, one network after the other and never recorded."""
+    jobs = zip(optimizers, (ppo_vec.policy_loss, ppo_vec.value_loss))
+    return [ppo_vec.descend(agent, *job, batch, *rest) for job in jobs]
+
+
+def pair(args: Options, task: ppo_vec.Task | None = None) -> tuple[State, State]:
+    states = make_state(args, task), make_state(args, task)
+    states[1].descend_both = by_autograd
+    return states
+
+
+def recorded(state: State) -> list[bool]:
+    return [optimizer.gradient != optimizer.by_autograd for optimizer in state.optimizers]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_recording_has_the_bits_of_autograd(variant: str, capsys: pytest.CaptureFixture) -> None:
+    """From the second update on, with other rates, entropy bonus and data in each; and after a load."""
+    args, choices = make_args(ent_coef=0.01, **VARIANTS[variant]), np.arange(ACTIONS)
+    states = pair(args, ppo_vec.Task(OBS, 0, choices, choices, None, None) if variant == "discrete" else None)
+    for i in range(5):
+        rates = {"learning_rate": args.learning_rate / 2**i, "critic_learning_rate": 1e-3 / 2 ** (i + 1)}
+        now = dataclasses.replace(args, **rates, ent_coef=0.1 / 2**i)
+        rollouts = [fake_rollout(state, i) for state in states]
+        if variant == "discrete":
+            for rollout in rollouts:
+                rollout.actions = torch.eye(ACTIONS)[rollout.actions.argmax(-1)]
+        assert_same(*(update(state, rollout, now) for state, rollout in zip(states, rollouts)))
+        assert_same(*(dict(state.agent.state_dict()) for state in states))
+        assert recorded(states[0]) == [i > 0] * 2
+        if i == 2:
+            states[0].load(copy.deepcopy(states[1].state_dict()))
+    assert not any(recorded(states[1]))
+    assert capsys.readouterr().err == ""
+
+
+def test_another_argument_or_shape_is_recorded_anew() -> None:
+    args = make_args()
+    states, smaller = pair(args), dataclasses.replace(args, num_envs=2)
+    for i, change in enumerate(({}, {}, {"clip_coef": 0.01}, {"clip_coef": 0.01}, {"num_minibatches": 2}, {})):
+        now = dataclasses.replace(args, **change)
+        assert_same(*(update(state, fake_rollout(states[1], i), now) for state in states))
+        assert recorded(states[0]) == [i in (1, 3)] * 2
+    few = [SimpleNamespace(**{**vars(state), "args": smaller}) for state in states]
+    for i in range(2):
+        assert_same(*(update(state, fake_rollout(few[1], i), smaller) for state in states))
+        assert recorded(states[0]) == [i == 1] * 2
     assert_same(*(dict(state.agent.state_dict()) for state in states))
+
+
+def ask(loss: Tensor) -> Tensor:
+    return loss * (1.0 if loss.item() < 1e9 else 0.5)
+
+
+def draw(loss: Tensor) -> Tensor:
+    return loss * torch.rand(())
+
+
+@pytest.mark.parametrize("edit", [ask, draw])
+def test_a_loss_that_cannot_be_recorded(
+    edit: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One warning, and the update goes on by autograd."""
+
+    def edited(*args: Any) -> Any:
+        loss, metrics = value_loss(*args)
+        return edit(loss), metrics
+
+    edited.__name__ = "value_loss"
+    monkeypatch.setattr(ppo_vec, "value_loss", edited)
+    states = pair(make_args())
+    for i in range(3):
+        rows = [update(state, fake_rollout(states[1], i), state.args) for state in states]
+        if edit is ask:
+            assert_same(*rows)
+    text = capsys.readouterr().err
+    assert text.count("warning: updates take twice as long, for value_loss cannot be recorded") == text.count("\n") == 1
 
 
 # ---- What changes over a run -----------------------------------------------------------------------------------------

@@ -145,8 +145,8 @@ def one_update(columns):
     ppo_vec.mean_of_ranks = ORIGINAL
     norm = state.agent.normalizer
     gradients = [found[o.flat.numel()] for o in state.optimizers]
-    weights = [o.flat.detach() for o in state.optimizers]
-    steps = torch.tensor([float(o.state_dict()["state"][0]["step"]) for o in state.optimizers])
+    weights = [o.flat for o in state.optimizers]
+    steps = torch.tensor([float(o.state["step"]) for o in state.optimizers])
     stats = [norm.mean, norm.var, norm.count, state.return_statistics.mean, state.return_statistics.var]
     return [*gradients, *weights, *stats, steps, torch.tensor(list(metrics.values()))]
 

@@ -409,7 +409,7 @@ def descend(
     """A step of Adam for each minibatch, a row of indices into batch. Returns how many, and the sum of each metric."""
     sums = torch.zeros((), device=optimizer.flat.device)
     for mb_inds in minibatches:
-        gradient, metrics = optimizer.gradient(loss_of, agent, batch, mb_inds, args)
+        gradient, metrics = optimizer.gradient(loss_of, agent, batch, mb_inds, args)  # of the loss, by autograd
         if args.target_kl is not None and "approx_kl" in metrics:  # no step from a policy that has gone too far (SB3)
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{loss_of.__name__}_grad_norm"] = norm = optimizer.take_step(gradient, args.max_grad_norm)

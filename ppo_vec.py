@@ -1699,9 +1699,11 @@ def record(
         graph = make_fx(gradient)(*inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        with warnings.catch_warnings(action="ignore"):  # torch.compile, its successor, needs a C++ compiler
+        # (torch.compile, which is TorchScript's successor, needs a C++ compiler.)
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
             recording = torch.jit.trace(graph, inputs, check_trace=False)
-        for copied, value in zip(recording(*inputs), gradient(*inputs), strict=True):
+            copies = recording(*inputs)
+        for copied, value in zip(copies, gradient(*inputs), strict=True):
             if not torch.allclose(copied, value, rtol=0, atol=0, equal_nan=True):
                 raise ValueError("it has other values the second time")
         optimizer.gradient = play

@@ -792,6 +792,20 @@ def test_last_weights_that_fail_on_twenty_episodes_are_weighed_by_all(tmp_path: 
     assert contest.best()[0] == 250.0
 
 
+@pytest.mark.parametrize(("later", "weighed"), [(240.0, False), (150.0, True)])
+def test_one_failure_in_twenty_episodes_asks_for_all(tmp_path: Path, later: float, weighed: bool) -> None:
+    """A walker had a mean of 323 in twenty, with two falls, and of 271 in a hundred."""
+    contest = Contest(tmp_path, eval_episodes=100)
+    contest.evaluate(250.0, 1000)
+    first = SELECTION_SEEDS + contest.state.selection_episodes
+    returns = [*[240.0] * 19, 150.0, *[later] * 80]
+    contest.returns = lambda policy, seed: returns[seed - first] if policy == 240.0 and seed >= first else policy
+    contest.finish(240.0)
+    found = [(policy, len(seeds)) for policy, seeds, published in contest.calls if not published]
+    assert found == [(240.0, 20), (240.0, 100), (250.0, 100)][: 3 if weighed else 2]
+    assert contest.best()[0] == (250.0 if weighed else 240.0)
+
+
 def test_a_run_too_short_for_an_evaluation_delivers_its_last_weights(tmp_path: Path) -> None:
     contest = Contest(tmp_path, eval_episodes=3)
     contest.finish(last=-5.0)

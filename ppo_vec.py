@@ -1673,7 +1673,7 @@ def record(
     """On the CPU: makes optimizer.gradient a recording of its operations, which TorchScript plays.
 
     They give the same bits in half the time: without autograd, and without Python, whose lock the two threads share.
-    What changes between updates has to be a tensor, or they are recorded anew.
+    Whatever is no tensor stays as it was when it was recorded. Where a field of Args changes, it is recorded anew.
     """
     what = loss_of, minibatches.shape[1:], [rows.shape for rows in batch.values()], fixed_args(args)
     again, optimizer.recorded = what == optimizer.recorded, what

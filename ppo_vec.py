@@ -1672,8 +1672,9 @@ def record(
 ) -> None:
     """On the CPU: makes optimizer.gradient a recording of its operations, which TorchScript plays.
 
-    They give the same bits in half the time: without autograd, and without Python, whose lock the two threads share.
-    Whatever is no tensor stays as it was when it was recorded. Where a field of Args changes, it is recorded anew.
+    They give the same bits in 0.6 of the time (networks of 128-128; see benchmarks/results/against.md): without
+    autograd, and without Python, whose lock the two threads share. Whatever is no tensor stays as it was when it was
+    recorded. Where a field of Args changes, it is recorded anew.
     """
     what = loss_of, minibatches.shape[1:], [rows.shape for rows in batch.values()], fixed_args(args)
     again, optimizer.recorded = what == optimizer.recorded, what

@@ -75,7 +75,6 @@ from gymnasium.envs.box2d import bipedal_walker as stock
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import _async_worker
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.swa_utils import AveragedModel
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
@@ -239,38 +238,7 @@ class Gaussian(nn.Module):
         return out if noise is None else out + std * noise
 
 
-class Categorical(nn.Module):
-    """A choice among action_dim discrete actions. In all arrays an action is a one-hot row."""
-
-    def __init__(self, action_dim: int, args: Args) -> None:
-        super().__init__()
-        self.outputs = action_dim
-
-    def initialize(self, last: nn.Linear) -> None: ...
-
-    def log_prob_entropy(self, out: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """The log probability of one-hot `actions` (..., action_dim) and the entropy, (...) each, in nats."""
-        log_probs = out.log_softmax(-1)
-        return (log_probs * actions).sum(-1), -(log_probs * log_probs.exp()).sum(-1)
-
-    def bounds_loss(self, out: Tensor) -> Tensor:
-        return torch.zeros_like(out[..., 0])
-
-    def keep_min_std(self) -> None: ...
-
-    @staticmethod
-    def noise(generator: torch.Generator, *shape: int) -> Tensor:
-        """Gumbel noise: the largest of logits plus noise is a sample (Gumbel 1954)."""
-        return -torch.empty(*shape).exponential_(generator=generator).log()
-
-    @staticmethod
-    def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-        """In NumPy: logits (n, action_dim), noise or None for the likeliest -> one-hot actions (n, action_dim)."""
-        scores = out if noise is None else out + noise
-        return np.eye(scores.shape[-1], dtype=np.float32)[scores.argmax(-1)]
-
-
-Distribution = Gaussian  # of Box actions
+Distribution = Gaussian  # of Box actions; Categorical, further down, is that of Discrete ones
 
 
 class Agent(nn.Module):
@@ -393,8 +361,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     actor_optimizer.begin(args.learning_rate)
     critic_optimizer.begin(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
-    # `descend` for the actor with policy_loss and the critic with value_loss, side by side: they share no weights.
-    for sums in state.descend_both(agent, state.optimizers, batch, minibatches, args):
+    for sums in state.descend_both(agent, state.optimizers, batch, minibatches, args):  # or its form for CUDA
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -402,14 +369,27 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     return {**metrics, "explained_variance": explained}
 
 
+def descend_both(
+    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Tensor, args: Args
+) -> list[dict[str, Tensor]]:
+    """`descend` for actor and critic, which share no weights: at the same time, if this process has two cores."""
+    scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name)) for name in SCALARS}
+    args = dataclasses.replace(args, **scalars)
+    jobs = [(agent, *job, batch, minibatches, args) for job in zip(optimizers, (policy_loss, value_loss))]
+    for job in jobs:
+        record(*job)
+    with ThreadPoolExecutor(1) as pool:
+        critic_sums = pool.submit(descend, *jobs[1])
+        return [descend(*jobs[0]), critic_sums.result()]
+
+
 def descend(
-    agent: Agent, optimizer: FlatAdam, loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    batch: dict[str, Tensor], minibatches: Tensor, args: Args,
-) -> dict[str, Tensor]:  # fmt: skip
+    agent: Agent, optimizer: FlatAdam, loss_of: Callable, batch: dict[str, Tensor], minibatches: Tensor, args: Args
+) -> dict[str, Tensor]:
     """A step of Adam for each minibatch, a row of indices into batch. Returns how many, and the sum of each metric."""
-    sums = torch.zeros((), device=optimizer.flat.device)
+    sums, gradient_of = torch.zeros((), device=optimizer.flat.device), optimizer.recording or flat_gradient
     for mb_inds in minibatches:
-        gradient, metrics = optimizer.gradient(loss_of, agent, batch, mb_inds, args)  # of the loss, by autograd
+        gradient, metrics = gradient_of(agent, optimizer.views, loss_of, batch, mb_inds, args)
         if args.target_kl is not None and "approx_kl" in metrics:  # no step from a policy that has gone too far (SB3)
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{loss_of.__name__}_grad_norm"] = norm = optimizer.take_step(gradient, args.max_grad_norm)
@@ -418,6 +398,15 @@ def descend(
         if optimizer.stopped():
             break
     return dict(zip(("steps", *metrics), sums))
+
+
+def flat_gradient(
+    agent: Agent, parameters: list[nn.Parameter], loss_of: Callable, batch: dict[str, Tensor], mb_inds: Tensor,
+    args: Args,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The gradient of a minibatch's loss, as one flat tensor, and the loss's metrics."""
+    loss, metrics = loss_of(agent, {name: rows[mb_inds] for name, rows in batch.items()}, args)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]), metrics
 
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
@@ -676,20 +665,13 @@ class FlatAdam:
         self.found_inf = zero.clone()  # torch's name: Adam takes no step while it is 1
         self.learning_rate: Any = 0.0
         self.group = dist.new_group() if world_size() > 1 else None  # each network's messages are its own
-        self.gradient: Callable[..., tuple[Tensor, dict[str, Tensor]]] = self.by_autograd  # these two: record
+        self.recording: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None  # these two: record
         self.recorded: Any = None
 
     def begin(self, learning_rate: float) -> None:
         """Begins an update."""
         self.learning_rate = learning_rate
         self.found_inf.zero_()
-
-    def by_autograd(
-        self, loss_of: Callable, agent: Agent, batch: dict[str, Tensor], mb_inds: Tensor, args: Args
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient of the loss of a minibatch, the rows mb_inds of batch, flat; and its metrics."""
-        loss, metrics = loss_of(agent, {name: rows[mb_inds] for name, rows in batch.items()}, args)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.views)]), metrics
 
     def take_step(self, gradient: Tensor, max_grad_norm: float) -> Tensor:
         """A step down the mean of all ranks' gradients, clipped. Returns its norm before it was clipped."""
@@ -943,6 +925,38 @@ def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None]
 
 # ---- The acting policy -----------------------------------------------------------------------------------------------
 
+
+class Categorical(nn.Module):
+    """A choice among action_dim discrete actions. In all arrays an action is a one-hot row."""
+
+    def __init__(self, action_dim: int, args: Args) -> None:
+        super().__init__()
+        self.outputs = action_dim
+
+    def initialize(self, last: nn.Linear) -> None: ...
+
+    def log_prob_entropy(self, out: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The log probability of one-hot `actions` (..., action_dim) and the entropy, (...) each, in nats."""
+        log_probs = out.log_softmax(-1)
+        return (log_probs * actions).sum(-1), -(log_probs * log_probs.exp()).sum(-1)
+
+    def bounds_loss(self, out: Tensor) -> Tensor:
+        return torch.zeros_like(out[..., 0])
+
+    def keep_min_std(self) -> None: ...
+
+    @staticmethod
+    def noise(generator: torch.Generator, *shape: int) -> Tensor:
+        """Gumbel noise: the largest of logits plus noise is a sample (Gumbel 1954)."""
+        return -torch.empty(*shape).exponential_(generator=generator).log()
+
+    @staticmethod
+    def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+        """In NumPy: logits (n, action_dim), noise or None for the likeliest -> one-hot actions (n, action_dim)."""
+        scores = out if noise is None else out + noise
+        return np.eye(scores.shape[-1], dtype=np.float32)[scores.argmax(-1)]
+
+
 TILE = 4
 
 
@@ -1007,7 +1021,10 @@ class Policy:
 
 @torch.no_grad()
 def check_copy(agent: Agent, task: Task, args: Args) -> None:
-    """Raises TrainingError where Policy's outputs are not Agent.policy's, as after a change of one of them only."""
+    """Raises TrainingError where Policy does not act as the agent says, as after a change of one of them only.
+
+    Its outputs must be those of Agent.policy, and the mean -log_prob of its samples the distribution's entropy.
+    """
     with torch.random.fork_rng(devices=[]):  # on random weights and statistics: at first many are 0 or 1
         torch.manual_seed(0)
         probe = copy.deepcopy(agent).cpu()
@@ -1015,12 +1032,21 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
             tensor += 0.3 * torch.randn(tensor.shape)
         probe.normalizer.var *= 1 + torch.rand(probe.normalizer.var.shape)
         obs = 9 * torch.randn(2 * TILE, task.obs_dim + task.extra_dim)
-    expected, same = probe.policy(probe.normalizer(obs)).numpy(), False
+    out, same = probe.policy(probe.normalizer(obs)), False
     with contextlib.suppress(ValueError, IndexError, KeyError):  # a layer that Policy does not know
         policy = Policy(probe.state_dict(), args.activation, task.low, task.high)
-        same = np.allclose(policy.forward(obs[:, : task.obs_dim].numpy()), expected, rtol=1e-3, atol=1e-3)
+        same = np.allclose(policy.forward(obs[:, : task.obs_dim].numpy()), out.numpy(), rtol=1e-3, atol=1e-3)
     if not same:
         raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
+    out, distribution = out.repeat(500, 1), probe.distribution
+    noise = distribution.noise(torch.Generator().manual_seed(0), len(out), task.action_dim).numpy()
+    log_prob, entropy = distribution.log_prob_entropy(
+        out, torch.from_numpy(policy.distribution.act(out.numpy(), policy.std, noise))
+    )
+    surprise = -log_prob - entropy  # 0 in the mean
+    if not surprise.mean().abs() < 6 * surprise.std() / math.sqrt(len(out)) + 1e-3:
+        name = type(distribution).__name__
+        raise TrainingError(f"{name}.act draws other actions than {name}.log_prob_entropy and {name}.noise expect")
 
 
 # ---- Workers ---------------------------------------------------------------------------------------------------------
@@ -1645,72 +1671,64 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     return metrics
 
 
-def descend_both(
-    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Tensor, args: Args
-) -> list[dict[str, Tensor]]:
-    """`descend` for actor and critic, at the same time where this process has a core for each."""
-    ent_coef: Any = torch.tensor(args.ent_coef)
-    args = dataclasses.replace(args, ent_coef=ent_coef)
-    jobs = [(agent, *job, batch, minibatches, args) for job in zip(optimizers, (policy_loss, value_loss))]
-    for job in jobs:
-        record(*job)
-    with ThreadPoolExecutor(1) as pool:
-        critic_sums = pool.submit(descend, *jobs[1])
-        return [descend(*jobs[0]), critic_sums.result()]
-
-
-COPIED = "learning_rate", "critic_learning_rate", "ent_coef", "gamma"  # of the arguments (gamma is used outside)
+SCALARS = "ent_coef", "clip_coef"  # arguments of the losses that may change in each update: tensors there
 
 
 def fixed_args(args: Args) -> dict[str, Any]:
-    """What is in a recording, or a CUDA graph, of the arguments: all but those that are copied for each update."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in COPIED}
+    """What is in a recording, or a CUDA graph, of the arguments: where one of these changes, it is made anew."""
+    changing = *SCALARS, "learning_rate", "critic_learning_rate", "gamma"
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in changing}
 
 
 def record(
     agent: Agent, optimizer: FlatAdam, loss_of: Callable, batch: dict[str, Tensor], minibatches: Tensor, args: Args
 ) -> None:
-    """On the CPU: makes optimizer.gradient a recording of its operations, which TorchScript plays.
+    """On the CPU: makes optimizer.recording of the operations of flat_gradient, which TorchScript plays.
 
     They give the same bits in 0.6 of the time (networks of 128-128; see benchmarks/results/against.md): without
     autograd, and without Python, whose lock the two threads share. Whatever is no tensor stays as it was when it was
-    recorded. Where a field of Args changes, it is recorded anew.
+    recorded. Where a field of Args changes, it is recorded anew, but not in the first update with it: often there is
+    no second one.
     """
-    what = loss_of, minibatches.shape[1:], [rows.shape for rows in batch.values()], fixed_args(args)
+    from torch.fx.experimental.proxy_tensor import make_fx  # takes 0.4 s
+
+    what = loss_of, minibatches.shape[1:], fixed_args(args)
     again, optimizer.recorded = what == optimizer.recorded, what
-    if not again or not optimizer.flat.is_cpu:  # for one update it would not pay
-        optimizer.gradient = optimizer.by_autograd
-    if not again or optimizer.gradient != optimizer.by_autograd:
+    if not again or not optimizer.flat.is_cpu:
+        optimizer.recording = None
+    if not again or not optimizer.flat.is_cpu or optimizer.recording:
         return
     names: list[str] = []
 
-    def gradient(mb_inds: Tensor, ent_coef: Any, *rows: Tensor) -> list[Tensor]:
-        now = dataclasses.replace(args, ent_coef=ent_coef)
-        gradient, metrics = optimizer.by_autograd(loss_of, agent, dict(zip(batch, rows)), mb_inds, now)
+    def gradient(mb_inds: Tensor, *tensors: Any) -> list[Tensor]:
+        now = dataclasses.replace(args, **dict(zip(SCALARS, tensors)))
+        rows = dict(zip(batch, tensors[len(SCALARS) :]))
+        gradient, metrics = flat_gradient(agent, optimizer.views, loss_of, rows, mb_inds, now)
         names[:] = metrics
         return [gradient, *metrics.values()]
 
-    def play(loss_of: Callable, agent: Agent, batch: dict[str, Tensor], mb_inds: Tensor, args: Args) -> Any:
+    def play(agent: Agent, parameters: Any, loss_of: Callable, batch: dict, mb_inds: Tensor, args: Args) -> Any:
         with torch.no_grad():
-            gradient, *values = recording(mb_inds, args.ent_coef, *batch.values())
+            gradient, *values = recording(mb_inds, *(getattr(args, name) for name in SCALARS), *batch.values())
         return gradient, dict(zip(names, values))
 
-    inputs: Any = minibatches[0], args.ent_coef, *batch.values()
+    inputs = minibatches[0], *(getattr(args, name) for name in SCALARS), *batch.values()
     try:
-        graph = make_fx(gradient)(*inputs)
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
+        recording: Any = make_fx(gradient)(*inputs)
+        recording.graph.eliminate_dead_code()
+        recording.recompile()
         # (torch.compile, which is TorchScript's successor, needs a C++ compiler.)
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
-            recording = torch.jit.trace(graph, inputs, check_trace=False)
+            with contextlib.suppress(RuntimeError):  # it knows fewer layers than make_fx: no LayerNorm
+                recording = torch.jit.trace(recording, inputs, check_trace=False)
             copies = recording(*inputs)
         for copied, value in zip(copies, gradient(*inputs), strict=True):
             if not torch.allclose(copied, value, rtol=0, atol=0, equal_nan=True):
                 raise ValueError("it has other values the second time")
-        optimizer.gradient = play
+        optimizer.recording = play
     except Exception as error:  # an edited loss that asks for a tensor's value, or draws numbers
-        say(f"warning: updates take twice as long, for {loss_of.__name__} cannot be recorded: {one_line(error)}")
-        optimizer.gradient = functools.partial(optimizer.by_autograd)  # which is not tried again
+        say(f"warning: updates take 1.7 times as long, for {loss_of.__name__} cannot be recorded: {one_line(error)}")
+        optimizer.recording = flat_gradient  # which is not tried again
 
 
 class CudaGraph:
@@ -1735,16 +1753,16 @@ class CudaGraph:
         if not self.batch:
             self.batch = {name: tensor.clone() for name, tensor in batch.items()}
             self.minibatch = minibatches[:1].clone()
-            self.scalars = torch.zeros(3, device=minibatches.device)
+            self.scalars = torch.zeros(2 + len(SCALARS), device=minibatches.device)
         fixed = fixed_args(args)
         self.graph, self.fixed = self.graph if fixed == self.fixed else None, fixed
         for name, tensor in batch.items():
             self.batch[name].copy_(tensor)
-        *rates, ent_coef = self.scalars
-        self.scalars.copy_(torch.tensor([*(optimizer.learning_rate for optimizer in optimizers), args.ent_coef]))
-        for optimizer, rate in zip(optimizers, rates):
+        rates = [optimizer.learning_rate for optimizer in optimizers]
+        self.scalars.copy_(torch.tensor([*rates, *(getattr(args, name) for name in SCALARS)]))
+        for optimizer, rate in zip(optimizers, self.scalars):
             optimizer.learning_rate = rate
-        args = dataclasses.replace(args, ent_coef=ent_coef)
+        args = dataclasses.replace(args, **dict(zip(SCALARS, self.scalars[2:])))
         self.step = functools.partial(self.one_minibatch, agent, optimizers, args)
         totals: list[Any] = [0, 0]
         for minibatch in minibatches:
@@ -2026,7 +2044,7 @@ def decode(data: bytes) -> dict[str, Any]:
     except Exception as error:  # whatever a crafted file makes the restricted unpickler raise
         raise ValueError("cannot be read as plain tensors") from error
     if not isinstance(tree, dict) or tree.get("format") not in READABLE:
-        raise ValueError(f"is not of the format {FORMAT!r}")
+        raise ValueError(f"is of the format {tree.get('format') if isinstance(tree, dict) else None!r}, not {FORMAT!r}")
     return tree
 
 

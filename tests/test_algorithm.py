@@ -679,8 +679,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def by_autograd(agent: Agent, optimizers: Any, batch: dict[str, Tensor], *rest: Any) -> list[dict[str, Tensor]]:
+def by_autograd(agent: Agent, optimizers: Any, batch: dict, minibatches: Tensor, args: Any) -> list[dict[str, Tensor]]:
     """descend_both, one network after the other and never recorded."""
+    rest = minibatches, dataclasses.replace(args, **{k: torch.tensor(getattr(args, k)) for k in ppo_vec.SCALARS})
     jobs = zip(optimizers, (ppo_vec.policy_loss, ppo_vec.value_loss))
     return [ppo_vec.descend(agent, *job, batch, *rest) for job in jobs]
 
@@ -692,17 +693,17 @@ def pair(args: Options, task: ppo_vec.Task | None = None) -> tuple[State, State]
 
 
 def recorded(state: State) -> list[bool]:
-    return [optimizer.gradient != optimizer.by_autograd for optimizer in state.optimizers]
+    return [optimizer.recording is not None for optimizer in state.optimizers]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_recording_has_the_bits_of_autograd(variant: str, capsys: pytest.CaptureFixture) -> None:
-    """From the second update on, with other rates, entropy bonus and data in each; and after a load."""
+    """From the second update on, with other rates, entropy bonus, clip range and data in each; and after a load."""
     args, choices = make_args(ent_coef=0.01, **VARIANTS[variant]), np.arange(ACTIONS)
     states = pair(args, ppo_vec.Task(OBS, 0, choices, choices, None, None) if variant == "discrete" else None)
     for i in range(5):
         rates = {"learning_rate": args.learning_rate / 2**i, "critic_learning_rate": 1e-3 / 2 ** (i + 1)}
-        now = dataclasses.replace(args, **rates, ent_coef=0.1 / 2**i)
+        now = dataclasses.replace(args, **rates, ent_coef=0.1 / 2**i, clip_coef=0.02 / 2**i)
         rollouts = [fake_rollout(state, i) for state in states]
         if variant == "discrete":
             for rollout in rollouts:
@@ -719,7 +720,7 @@ def test_a_recording_has_the_bits_of_autograd(variant: str, capsys: pytest.Captu
 def test_another_argument_or_shape_is_recorded_anew() -> None:
     args = make_args()
     states, smaller = pair(args), dataclasses.replace(args, num_envs=2)
-    for i, change in enumerate(({}, {}, {"clip_coef": 0.01}, {"clip_coef": 0.01}, {"num_minibatches": 2}, {})):
+    for i, change in enumerate(({}, {}, {"clip_vloss": True}, {"clip_vloss": True}, {"num_minibatches": 2}, {})):
         now = dataclasses.replace(args, **change)
         assert_same(*(update(state, fake_rollout(states[1], i), now) for state in states))
         assert recorded(states[0]) == [i in (1, 3)] * 2
@@ -756,7 +757,22 @@ def test_a_loss_that_cannot_be_recorded(
         if edit is ask:
             assert_same(*rows)
     text = capsys.readouterr().err
-    assert text.count("warning: updates take twice as long, for value_loss cannot be recorded") == text.count("\n") == 1
+    warning = "warning: updates take 1.7 times as long, for value_loss cannot be recorded"
+    assert text.count(warning) == text.count("\n") == 1
+
+
+def test_a_layer_that_torchscript_does_not_know(capsys: pytest.CaptureFixture) -> None:
+    """LayerNorm in the critic: its recording is played, though in Python."""
+    states = pair(make_args())
+    for state in states:
+        layers: Any = state.agent.critic
+        state.agent.critic = torch.nn.Sequential(layers[0], torch.nn.LayerNorm(layers[0].out_features), *layers[1:])
+        state.optimizers = ppo_vec.make_optimizers(state.agent)
+    for i in range(3):
+        assert_same(*(update(state, fake_rollout(states[1], i), state.args) for state in states))
+        assert_same(*(dict(state.agent.state_dict()) for state in states))
+    assert recorded(states[0]) == [True] * 2
+    assert capsys.readouterr().err == ""
 
 
 # ---- What changes over a run -----------------------------------------------------------------------------------------
@@ -992,3 +1008,19 @@ def test_a_policy_that_acts_otherwise_than_its_copy_is_refused(drift: str, monke
     monkeypatch.setattr(*DRIFTS[drift])
     with pytest.raises(ppo_vec.TrainingError, match="does not act as"):
         make_state(make_args())
+
+
+def wider(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+    return out if noise is None else out + 1.1 * std * noise
+
+
+def test_samples_of_another_distribution_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo_vec.Gaussian, "act", staticmethod(wider))
+    with pytest.raises(ppo_vec.TrainingError, match=r"Gaussian\.act draws other actions"):
+        make_state(make_args())
+    choices = np.arange(ACTIONS)
+    task = ppo_vec.Task(OBS, 0, choices, choices, None, None)
+    make_state(make_args(), task)
+    monkeypatch.setattr(ppo_vec.Categorical, "act", staticmethod(lambda out, std, noise: np.eye(3)[noise.argmax(-1)]))
+    with pytest.raises(ppo_vec.TrainingError, match=r"Categorical\.act draws other actions"):
+        make_state(make_args(), task)

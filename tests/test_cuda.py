@@ -144,8 +144,8 @@ def test_a_graph_does_what_its_kernels_do_one_by_one(device: SimpleNamespace) ->
 def test_a_graph_is_recorded_anew_for_other_arguments(device: SimpleNamespace) -> None:
     args = make_args()
     graphed, plain = device.pair(args)
-    for i, clip_coef in enumerate((0.2, 0.2, 0.02, 0.02)):
-        now = dataclasses.replace(args, clip_coef=clip_coef)
+    for i, norm in enumerate((0.5, 0.5, 0.02, 0.02)):
+        now = dataclasses.replace(args, max_grad_norm=norm, clip_coef=0.2 / 2**i)  # the second is copied
         for state in (graphed, plain):
             update(state, fake_rollout(plain, i), now)
         assert torch.equal(weights(graphed), weights(plain))

@@ -47,7 +47,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -553,6 +553,7 @@ class Options(Args):
     critic_progress: bool = False  # show the critic the episode's length and return so far; the policy never sees them
     fall_reward: float | None = None  # the scaled reward of a fall (raw: -100) at the start; None: unchanged
     final_fall_reward: float | None = None  # the same once the goal is near, see scheduled(); None: constant
+    fall_retries: int = 0  # after a fall, go back to shortly before it, at most so many times in one episode
     action_cost: float = 0.0  # what training takes off the reward per unit of |action| once the goal is half reached
 
 
@@ -1067,6 +1068,7 @@ def new_snapshot(num_envs: int, obs_dim: int) -> dict[str, Any]:
         "actions": [[] for _ in range(num_envs)],  # its actions, in chunks (n, action_dim)
         "obs": torch.zeros(num_envs, obs_dim, dtype=torch.float64),  # the next observation
         "returns": torch.zeros(num_envs, dtype=torch.float64),  # of the running episode
+        "retries": torch.zeros(num_envs, dtype=torch.int64),  # see Worker.begin_next
     }
 
 
@@ -1113,19 +1115,23 @@ class Worker(gym.Env):
         for t in range(self.args.num_steps):
             self.write_rows(data.obs[t, mine])
             data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.number)
-            self.obs, rewards, terminated, truncated = self.step(slice(None), self.policy.env_action(actions))
+            rewards, terminated, truncated = self.step(slice(None), actions)
             data.rewards[t, mine], data.terminated[t, mine], data.truncated[t, mine] = rewards, terminated, truncated
             done = np.flatnonzero(terminated | truncated).tolist()
             if done:
                 self.write_rows(data.final_obs[t, mine])
             for i in done:
-                episodes.append({
-                    "t": t, "env": self.number + i, "return": float(self.returns[i]), "length": int(self.lengths[i]),
-                    "fell": bool(terminated[i] and rewards[i] <= FALL),
-                })  # fmt: skip
-                self.obs[i] = self.begin(i, self.episode[i] + 1)
+                fell = bool(terminated[i] and rewards[i] <= FALL)
+                if not self.retries[i]:  # it was played from its beginning
+                    episodes.append({
+                        "t": t, "env": self.number + i, "return": float(self.returns[i]),
+                        "length": int(self.lengths[i]), "fell": fell,
+                    })  # fmt: skip
+                self.begin_next(i, fell)
+                data.kept[t, self.first + i] = len(self.actions[i])
         self.write_rows(data.obs[-1, mine])
-        data.episode[mine], data.returns[mine] = self.episode, self.returns
+        for name in ("episode", "returns", "retries"):
+            getattr(data, name)[mine] = getattr(self, name)
         return episodes
 
     def write_rows(self, rows: np.ndarray) -> None:
@@ -1135,42 +1141,62 @@ class Worker(gym.Env):
             rows[:, -2], rows[:, -1] = self.lengths, self.returns
 
     def step(self, some: slice, actions: np.ndarray) -> Steps:
-        """One step of environments `some`, with their rows of env-ready actions."""
-        result = step_envs(self.envs[some], actions, self.beat)
+        """One step of environments `some` with a row of actions each. Returns rewards, terminated and truncated."""
+        self.obs[some], rewards, *ends = step_envs(self.envs[some], self.policy.env_action(actions), self.beat)
         self.lengths[some] += 1
-        self.returns[some] += result[1]
-        return result
+        self.returns[some] += rewards
+        for past, row in zip(self.actions[some], actions):
+            past.append(row)
+        return rewards, *ends
 
-    def begin(self, i: int, episode: int) -> np.ndarray:
-        """Begins the episode of this number in environment i. Returns its first observation."""
-        self.episode[i], self.lengths[i], self.returns[i] = episode, 0, 0.0
-        obs = reset_env(self.envs[i], episode_seed(self.args.seed, self.number + i, int(episode)))
+    def begin(self, i: int, episode: int) -> None:
+        """Begins the episode of this number in environment i."""
+        self.episode[i], self.lengths[i], self.returns[i], self.actions[i] = episode, 0, 0.0, []
+        self.obs[i] = reset_env(self.envs[i], episode_seed(self.args.seed, self.number + i, int(episode)))
         self.beat()
-        return obs
+
+    def begin_next(self, i: int, fell: bool) -> None:
+        """Begins the next episode of environment i; with --fall-retries, after a fall the same one shortly before it.
+
+        Late in training falls are so rare that there is hardly one in ten rollouts to learn from.
+        """
+        again = fell and self.retries[i] < self.args.fall_retries
+        past = self.actions[i][:-RETRY_STEPS] if again else []
+        self.retries[i] += 1
+        if not (past and self.replay(i, past)):
+            self.retries[i] = 0
+            self.begin(i, self.episode[i] + 1)
+
+    def replay(self, i: int, actions: Sequence[np.ndarray]) -> bool:
+        """Begins the running episode of environment i again, with these actions; false if it ends before they do."""
+        self.begin(i, self.episode[i])
+        for action in actions:
+            _, terminated, truncated = self.step(slice(i, i + 1), action[None])
+            if terminated[0] or truncated[0]:
+                return False
+        return True
 
     def restore(self) -> None:
         """Brings every environment to where the last complete rollout left it."""
         saved = {k: v[self.first : self.last] for k, v in self.snapshot.items()}
-        self.episode, self.obs, self.returns = (saved[name].numpy().copy() for name in ("episode", "obs", "returns"))
+        names = "episode", "obs", "returns", "retries"
+        self.episode, self.obs, self.returns, self.retries = (saved[name].numpy().copy() for name in names)
         self.lengths = np.zeros(len(self.obs), int)
-        for i, actions in enumerate(saved["actions"]):
+        self.actions: list[list[np.ndarray]] = [[] for _ in self.obs]  # of the running episodes
+        for i, past in enumerate(saved["actions"]):
             self.envs.append(make_env(self.args))
             self.beat()
+            obs, returns = self.obs[i].copy(), self.returns[i]
             if self.episode[i] < 0:
-                self.obs[i] = self.begin(i, 0)
-            elif not self.replay(i, itertools.chain.from_iterable(actions), float(saved["returns"][i])):
-                self.data.restarted[self.first + i] = True  # not the same here, as on another machine
-                self.obs[i] = self.begin(i, self.episode[i] + 1)
-
-    def replay(self, i: int, actions: Iterable[Tensor], expected_return: float) -> bool:
-        """Takes the running episode of environment i to where it was; false if it comes to another place."""
-        obs, running = self.begin(i, self.episode[i]), True
-        for action in actions:
-            if running:
-                action = self.policy.env_action(action.numpy()[None])
-                rows, _, terminated, truncated = self.step(slice(i, i + 1), action)
-                obs, running = rows[0], not (terminated[0] or truncated[0])
-        return running and np.array_equal(obs, self.obs[i]) and self.returns[i] == expected_return
+                self.begin(i, 0)
+            elif not (
+                self.replay(i, [row.numpy() for row in itertools.chain(*past)])
+                and np.array_equal(self.obs[i], obs)
+                and self.returns[i] == returns
+            ):  # not the same here, as on another machine
+                self.data.restarted[self.first + i] = True
+                self.retries[i] = 0
+                self.begin(i, self.episode[i] + 1)
 
     def play(self, seeds: list, share: range, workers: int, published: bool, more: bool = False) -> list[tuple]:
         """This worker's part of a share of evaluation episodes: index into seeds, and what play_batch says of each.
@@ -1254,6 +1280,7 @@ def block_signals(block: bool) -> None:
 
 STARTING = 120.0  # seconds that the start of a worker may take, whatever --worker-timeout
 CLOSING = 5.0  # seconds that workers have to close their environments
+RETRY_STEPS = 90  # before a fall: where a retry begins
 MAX_FAULTS = 3  # attempts at one rollout or evaluation before a run gives up
 
 
@@ -1272,7 +1299,8 @@ class VecEnv(AsyncVectorEnv):
             "obs": ((T + 1, N, D), np.float64), "final_obs": ((T, N, D), np.float64),  # an offset costs no digits
             "actions": ((T, N, A), np.float32), "noise": ((T, N, A), np.float32), "rewards": ((T, N), np.float32),
             "terminated": ((T, N), np.bool_), "truncated": ((T, N), np.bool_), "restarted": ((N,), np.bool_),
-            "episode": ((N,), np.int64), "returns": ((N,), np.float64),  # of the next snapshot
+            "kept": ((T, N), np.int64),  # in done rows: the actions of the episode with which the next one begins
+            "episode": ((N,), np.int64), "returns": ((N,), np.float64), "retries": ((N,), np.int64),  # next snapshot
             "beats": ((self.num_workers,), np.int64),
         }  # fmt: skip
         # Unnamed memory, which no crash can leave behind.
@@ -1386,12 +1414,15 @@ class VecEnv(AsyncVectorEnv):
         for episode in episodes:
             episode["global_step"] = global_step + (episode.pop("t") + 1) * self.args.num_envs * world_size()
         for i, chunks in enumerate(self.snapshot["actions"]):
-            ends = np.flatnonzero(data.terminated[:, i] | data.truncated[:, i])
-            if len(ends) or data.restarted[i]:
+            begin = 0
+            if data.restarted[i]:
                 chunks.clear()
-            chunks.append(torch.tensor(data.actions[ends[-1] + 1 if len(ends) else 0 :, i]))
+            for t in np.flatnonzero(data.terminated[:, i] | data.truncated[:, i]):
+                whole = torch.cat((*chunks, torch.from_numpy(data.actions[begin : t + 1, i])))
+                chunks[:], begin = [whole[: data.kept[t, i]].clone()], t + 1
+            chunks.append(torch.tensor(data.actions[begin:, i]))
         self.snapshot["obs"][...] = torch.from_numpy(data.obs[-1, :, : self.task.obs_dim])
-        for name in ("episode", "returns"):
+        for name in ("episode", "returns", "retries"):
             self.snapshot[name][...] = torch.from_numpy(getattr(data, name))
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
         return Rollout(**{name: torch.from_numpy(getattr(data, name)) for name in names}, episodes=episodes)

@@ -140,15 +140,11 @@ class Normalizer(nn.Module):
     Only `Normalizer.update` changes them: for observations at the end of a PPO update, for returns in `scale_rewards`.
     """
 
-    mean: Tensor
-    var: Tensor
-    count: Tensor
-
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.mean: Tensor = nn.Buffer(torch.zeros(size, dtype=torch.float64))
+        self.var: Tensor = nn.Buffer(torch.ones(size, dtype=torch.float64))
+        self.count: Tensor = nn.Buffer(torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) raw -> (..., size) float32 of about zero mean and unit variance, clipped to +-10."""
@@ -293,7 +289,10 @@ def gae(
 # ---- Update ----------------------------------------------------------------------------------------------------------
 
 
-def policy_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+Tensors = dict[str, Tensor]  # by name
+
+
+def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
     """The clipped loss of one minibatch (arXiv:1707.06347, equation 7) minus the entropy bonus.
 
     Args: mb with normalised obs (B, ...) and actions (B, action_dim); logprobs and normalised advantages (B,).
@@ -319,7 +318,7 @@ def policy_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor
         }
 
 
-def value_loss(agent: Agent, mb: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
     """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. To Adam it matters in clipping, else hardly.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
@@ -341,7 +340,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     without events weighs as much as one with a rare, large reward. The observation normaliser changes only at the end:
     it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
     """
-    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers
+    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # of policy_loss and value_loss
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
     advantages = gae(*steps, args.gamma, args.gae_lambda)
     returns = advantages + rollout.values
@@ -361,7 +360,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     actor_optimizer.begin(args.learning_rate)
     critic_optimizer.begin(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
-    for sums in state.descend_both(agent, state.optimizers, batch, minibatches, args):  # or its form for CUDA
+    for sums in state.descend_both(state.optimizers, batch, minibatches, args):  # or its form for CUDA
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -369,44 +368,36 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     return {**metrics, "explained_variance": explained}
 
 
-def descend_both(
-    agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Tensor, args: Args
-) -> list[dict[str, Tensor]]:
+def descend_both(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
     """`descend` for actor and critic, which share no weights: at the same time, if this process has two cores."""
     scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name)) for name in SCALARS}
-    args = dataclasses.replace(args, **scalars)
-    jobs = [(agent, *job, batch, minibatches, args) for job in zip(optimizers, (policy_loss, value_loss))]
-    for job in jobs:
-        record(*job)
+    (actor, critic), args = optimizers, dataclasses.replace(args, **scalars)
+    for optimizer in optimizers:
+        record(optimizer, batch, minibatches, args)
     with ThreadPoolExecutor(1) as pool:
-        critic_sums = pool.submit(descend, *jobs[1])
-        return [descend(*jobs[0]), critic_sums.result()]
+        critic_sums = pool.submit(descend, critic, batch, minibatches, args)
+        return [descend(actor, batch, minibatches, args), critic_sums.result()]
 
 
-def descend(
-    agent: Agent, optimizer: FlatAdam, loss_of: Callable, batch: dict[str, Tensor], minibatches: Tensor, args: Args
-) -> dict[str, Tensor]:
+def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
     """A step of Adam for each minibatch, a row of indices into batch. Returns how many, and the sum of each metric."""
     sums, gradient_of = torch.zeros((), device=optimizer.flat.device), optimizer.recording or flat_gradient
     for mb_inds in minibatches:
-        gradient, metrics = gradient_of(agent, optimizer.views, loss_of, batch, mb_inds, args)
+        gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
         if args.target_kl is not None and "approx_kl" in metrics:  # no step from a policy that has gone too far (SB3)
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
-        metrics[f"{loss_of.__name__}_grad_norm"] = norm = optimizer.take_step(gradient, args.max_grad_norm)
+        metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = norm = optimizer.take_step(gradient, args.max_grad_norm)
         row = torch.stack([torch.ones_like(norm), *metrics.values()])
         sums = sums + row.masked_fill(optimizer.found_inf > 0, 0.0)  # beyond target_kl no step was taken
-        if optimizer.stopped():
+        if optimizer.flat.is_cpu and optimizer.found_inf:  # nothing waits for a GPU: there found_inf stops the steps
             break
     return dict(zip(("steps", *metrics), sums))
 
 
-def flat_gradient(
-    agent: Agent, parameters: list[nn.Parameter], loss_of: Callable, batch: dict[str, Tensor], mb_inds: Tensor,
-    args: Args,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+def flat_gradient(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Args) -> tuple[Tensor, Tensors]:
     """The gradient of a minibatch's loss, as one flat tensor, and the loss's metrics."""
-    loss, metrics = loss_of(agent, {name: rows[mb_inds] for name, rows in batch.items()}, args)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]), metrics
+    loss, metrics = optimizer.loss_of(optimizer.agent, {name: rows[mb_inds] for name, rows in batch.items()}, args)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.views)]), metrics
 
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
@@ -524,9 +515,6 @@ def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None =
 
 # ---- Options, schedules, and the rewards that training uses ----------------------------------------------------------
 
-# Forking takes a tenth of a second, spawning many (each worker imports torch). macOS cannot fork safely.
-START_METHOD: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"
-
 
 @dataclass
 class Options(Args):
@@ -545,7 +533,8 @@ class Options(Args):
     capture_video: bool = False  # write an mp4 of an episode of the deterministic policy into the run's videos/
     track: bool = False  # also log to Weights and Biases (pip install wandb)
     num_workers: int | None = None  # processes that share the environments; None: one per core; changes no result
-    start_method: Literal["fork", "spawn"] = START_METHOD  # of these; spawn is slower, and safe beside threads
+    # Forking takes a tenth of a second, spawning many (each worker imports torch). macOS cannot fork safely.
+    start_method: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"  # how they start
     worker_timeout: float = 60.0  # seconds without a step after which a worker counts as hung and is replaced
 
     final_gamma: float | None = None  # gamma once the goal is near, see scheduled(); None: constant
@@ -558,24 +547,21 @@ class Options(Args):
 
 
 # What beats the defaults, by environment. Found by experiment; benchmarks/results/ has the runs.
+LANDER = {
+    "num_steps": 320, "critic_learning_rate": 1e-3, "anneal_share": 1.0, "num_minibatches": 40, "activation": "relu",
+}  # fmt: skip
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
         "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85, "ent_coef": 0.0025,
-        "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.2,
+        "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -20.0, "fall_retries": 4, "action_cost": 0.2,
         "critic_progress": True, "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
-    "LunarLanderContinuous-v3": {
-        "num_steps": 320, "critic_learning_rate": 1e-3, "anneal_share": 1.0, "num_minibatches": 40,
-        "ent_coef": 0.001, "activation": "relu", "state_dependent_std": True,
-    },
-    "LunarLander-v3": {
-        "num_steps": 320, "critic_learning_rate": 1e-3, "anneal_share": 1.0, "num_minibatches": 40, "ent_coef": 0.01,
-        "activation": "relu",
-    },
+    "LunarLanderContinuous-v3": {**LANDER, "ent_coef": 0.001, "state_dependent_std": True},
+    "LunarLander-v3": {**LANDER, "ent_coef": 0.01},
     "BipedalWalkerHardcore-v3": {
         "total_timesteps": 10_000_000, "num_envs": 64, "learning_rate": 2e-4, "anneal_share": 1.0,
         "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
-        "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2,
+        "fall_reward": -1.0, "final_fall_reward": -20.0, "fall_retries": 4, "action_cost": 0.1, "swa_share": 0.2,
         "min_std": 0.25, "critic_progress": True,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
@@ -658,7 +644,8 @@ class FlatAdam:
     So the agent must be on its device already: what replaces a parameter's data later would no longer be trained.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], agent: Agent, loss_of: Callable[..., Any]) -> None:
+        self.agent, self.loss_of = agent, loss_of
         self.flat, self.views = nn.utils.parameters_to_vector(parameters).detach(), parameters
         nn.utils.vector_to_parameters(self.flat, parameters)  # sets each p.data to its view
         zero, zeros = torch.zeros((), device=self.flat.device), torch.zeros_like(self.flat)
@@ -666,7 +653,7 @@ class FlatAdam:
         self.found_inf = zero.clone()  # torch's name: Adam takes no step while it is 1
         self.learning_rate: Any = 0.0
         self.group = dist.new_group() if world_size() > 1 else None  # each network's messages are its own
-        self.recording: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None  # these two: record
+        self.recording: Callable[..., tuple[Tensor, Tensors]] | None = None  # these two: record
         self.recorded: Any = None
 
     def begin(self, learning_rate: float) -> None:
@@ -692,15 +679,12 @@ class FlatAdam:
         """No more steps in this update where `kl`, the mean of all ranks, exceeds the target."""
         self.found_inf.masked_fill_(mean_of_ranks(kl, self.group) > target_kl, 1.0)
 
-    def stopped(self) -> bool:
-        """On a GPU always false: nothing waits for it, and `found_inf` stops the steps there."""
-        return self.flat.is_cpu and bool(self.found_inf)
-
 
 def make_optimizers(agent: Agent) -> tuple[FlatAdam, FlatAdam]:
     """One for the actor, that is all parameters but the critic's, and one for the critic."""
-    critic = set(agent.critic.parameters())
-    return FlatAdam([p for p in agent.parameters() if p not in critic]), FlatAdam(list(agent.critic.parameters()))
+    critic = list(agent.critic.parameters())
+    rest = [p for p in agent.parameters() if all(p is not other for other in critic)]
+    return FlatAdam(rest, agent, policy_loss), FlatAdam(critic, agent, value_loss)
 
 
 # ---- Environments ----------------------------------------------------------------------------------------------------
@@ -739,7 +723,7 @@ class Task:
         return self.low.dtype.kind == "i"
 
 
-def make_env(args: Options, published: bool = False, render_mode: str | None = None) -> gym.Env:
+def make_env(args: Options, published: bool = False, render: bool = False) -> Any:
     """The one place where an environment is made: for training, evaluation, video and benchmarks.
 
     Walkers are fast ones with a fresh world at each reset, unless `published`.
@@ -749,7 +733,7 @@ def make_env(args: Options, published: bool = False, render_mode: str | None = N
         limit = gym.spec(args.env_id).max_episode_steps
         env: gym.Env = Walker(**{"hardcore": WALKERS[args.env_id], "max_episode_steps": limit, **kwargs})
     else:
-        kwargs |= {"render_mode": render_mode} if render_mode else {}  # not every environment takes it
+        kwargs |= {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     for wrapper in args.wrappers:
         module, _, name = wrapper.partition(":")
@@ -798,29 +782,26 @@ def inspect_env(args: Options) -> Task:
     """Makes the environment, looks at its spaces, takes a few steps. Raises UserError."""
     extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
-    with refuse(what), warnings.catch_warnings(action="ignore"):  # of an outdated version: the error says it, too
-        env: Any = make_env(args, published=True, render_mode="rgb_array" if args.capture_video else None)
-        obs, actions, spec = env.observation_space, env.action_space, env.spec  # a wrapper may have made no environment
-    discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
-    with closing(env):
+    outdated = warnings.catch_warnings(action="ignore")  # of a version: the error says it, too
+    # (A wrapper may have made no environment; a display may be missing; or it raises whatever it likes.)
+    with refuse(what), outdated, closing(make_env(args, published=True, render=args.capture_video)) as env:
+        obs, actions, spec = env.observation_space, env.action_space, env.spec
+        discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
         if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
             kinds = f"{space_name(obs)} observations and {space_name(actions)} actions"
-            raise UserError(
-                f"{what} has {kinds}; supported are Box, and Discrete actions or Box ones with finite bounds"
-            )
+            raise ValueError(f"it has {kinds}; supported are Box, and Discrete actions or Box ones with finite bounds")
         if discrete and (args.min_std or args.state_dependent_std):
-            raise UserError(f"--min-std and --state-dependent-std are for Box actions; those of {what} are discrete")
-        with refuse(what):  # a missing display, or whatever the environment raises
-            if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
-                raise ValueError("it has no render mode rgb_array")
-            take_steps(env)
-            if args.capture_video:
-                display = "" if os.environ.get("DISPLAY") else " (there is no display; MUJOCO_GL=egl may help)"
-                with refuse(f"it cannot be rendered{display}"):
-                    render_frame(env)
-    limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
-    low, high = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
-    return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, low, high, limit, goal)
+            raise ValueError("--min-std and --state-dependent-std are for Box actions; its actions are discrete")
+        if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
+            raise ValueError("it has no render mode rgb_array")
+        take_steps(env)
+        if args.capture_video:
+            display = "" if os.environ.get("DISPLAY") else " (there is no display; MUJOCO_GL=egl may help)"
+            with refuse(f"it cannot be rendered{display}", ValueError):
+                render_frame(env)
+        limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
+        low, high = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
+        return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, low, high, limit, goal)
 
 
 def take_steps(env: Any) -> None:
@@ -972,7 +953,7 @@ class Policy:
     of fixed shape, and `offset` puts a row into the same place of its tile whatever worker it is in.
     """
 
-    def __init__(self, weights: dict[str, Tensor], activation: str, low: np.ndarray, high: np.ndarray) -> None:
+    def __init__(self, weights: Tensors, activation: str, low: np.ndarray, high: np.ndarray) -> None:
         """Takes an agent's state dict."""
         obs_dim = weights["actor.0.weight"].shape[1]
         logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
@@ -1249,8 +1230,7 @@ def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *ar
 
     (The handlers do nothing; an ignored signal would be inherited by whatever an environment starts.)
     """
-    made: list[Worker]
-    trainer, made = os.getppid(), []
+    trainer, worker = os.getppid(), workers[index]()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     block_signals(False)  # VecEnv.start blocks them
@@ -1259,17 +1239,12 @@ def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *ar
         while os.getppid() == trainer and multiprocessing.parent_process().is_alive():  # type: ignore[union-attr]
             time.sleep(0.5)
         threading.Timer(CLOSING, os._exit, (1,)).start()
-        for worker in made:
-            worker.close()
+        worker.close()
         os._exit(1)
-
-    def make() -> Worker:
-        made.append(workers[index]())
-        return made[0]
 
     threading.Thread(target=watch, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
-        _async_worker(index, make, *args)
+        _async_worker(index, lambda: worker, *args)
 
 
 def block_signals(block: bool) -> None:
@@ -1326,7 +1301,7 @@ class VecEnv(AsyncVectorEnv):
                     autoreset_mode=AutoresetMode.DISABLED, daemon=False,  # a daemon may start no processes
                 )  # fmt: skip
         except TrainingError:
-            self.close(terminate=True)
+            self.close()
             raise
         finally:
             block_signals(False)
@@ -1334,9 +1309,9 @@ class VecEnv(AsyncVectorEnv):
     def _check_spaces(self) -> None:
         """AsyncVectorEnv would wait here, without a limit, to learn what we know."""
 
-    def close(self, terminate: bool = False) -> None:
-        """Lets the workers close their environments; ends those that do not in time, or all of them at once."""
-        end = time.monotonic() + (0 if terminate else CLOSING)
+    def close(self, terminate: bool = False) -> None:  # AsyncVectorEnv's parameter
+        """Lets the workers close their environments; ends those that do not in time."""
+        end = time.monotonic() + CLOSING
         for pipe in self.parent_pipes:
             with contextlib.suppress(OSError):
                 pipe.send(("close", None))
@@ -1349,7 +1324,7 @@ class VecEnv(AsyncVectorEnv):
             pipe.close()
         self.processes, self.parent_pipes, self.closed = [], [], True
 
-    def call(self, name: str, weights: dict[str, Tensor], *args: Any) -> list[Any]:
+    def call(self, name: str, weights: Tensors, *args: Any) -> list[Any]:
         """Calls a method of every worker, to act with these weights. After a fault, new workers take over."""
         acting = Policy(weights, self.args.activation, self.task.low, self.task.high)
         faults: list[str] = []
@@ -1390,7 +1365,7 @@ class VecEnv(AsyncVectorEnv):
                 raise TrainingError(f"worker {i} failed:\n{result}")
         return results
 
-    def rollout(self, weights: dict[str, Tensor], noise: np.ndarray, global_step: int) -> Rollout:
+    def rollout(self, weights: Tensors, noise: np.ndarray, global_step: int) -> Rollout:
         """A rollout of all environments with an agent's weights and `noise` (T, N, action_dim); N: over all ranks.
 
         The tensors are views of memory that the next one fills again. Raises TrainingError for what is not finite.
@@ -1403,10 +1378,9 @@ class VecEnv(AsyncVectorEnv):
             say(f"warning: {data.restarted.sum()} environments cannot be replayed; their episodes start anew")
         bad = []
         for order, name in enumerate(("obs", "actions", "final_obs", "rewards")):
-            places = np.argwhere(~np.isfinite(getattr(data, name)))
-            bad += [(*places[0][:2].tolist(), order, name)] if len(places) else []
+            bad += [(t, order, env, name) for t, env, *_ in np.argwhere(~np.isfinite(getattr(data, name)))[:1]]
         if bad:  # the first: what follows from it is not finite either
-            t, env, _, name = min(bad, key=lambda place: (place[0], place[2]))
+            t, _, env, name = min(bad)
             value = getattr(data, name)[t, env]
             raise TrainingError(f"{name} of environment {env} at step {t} of the rollout are not finite: {value}")
         episodes = list(itertools.chain.from_iterable(itertools.chain(*all_ranks(shares))))
@@ -1572,10 +1546,6 @@ def step_walkers(walkers: Sequence[Walker], actions: np.ndarray) -> Steps:
     return obs, rewards, terminated, truncated
 
 
-def sum_xy(xy: np.ndarray) -> np.ndarray:
-    return xy[0] + xy[1]
-
-
 @np.errstate(divide="ignore", invalid="ignore")  # a ray parallel to an edge divides by zero, and is a miss
 def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The lidar fractions (n, 10) float32 of walkers whose hulls are at x, y (n,) float64.
@@ -1594,8 +1564,8 @@ def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.nda
     edges = edges.reshape(len(walkers), 7, 1, NEAR_EDGES).swapaxes(0, 1)
     vertex, edge, normal, square = edges[:2], edges[2:4], edges[4:6], edges[6]
     ts = np.empty((2, len(walkers), RAYS.shape[1], NEAR_EDGES), np.float32)  # where on the ray, and where on the edge
-    np.divide(sum_xy(normal * (vertex - hull)), sum_xy(normal * ray), out=ts[0])
-    np.divide(sum_xy((hull + ts[0] * ray - vertex) * edge), square, out=ts[1])
+    np.divide(np.add(*normal * (vertex - hull)), np.add(*normal * ray), out=ts[0])
+    np.divide(np.add(*(hull + ts[0] * ray - vertex) * edge), square, out=ts[1])
     inside = (ts >= 0) & (ts <= 1)  # false for the NaN of a ray along an edge
     fractions = np.where(inside[0] & inside[1], ts[0], np.float32(1)).min(2)
 
@@ -1692,7 +1662,7 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
 # ---- Both networks at once: in two threads, or on CUDA ---------------------------------------------------------------
 
 
-def means(sums: dict[str, Tensor]) -> dict[str, float]:
+def means(sums: Tensors) -> dict[str, float]:
     """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
     steps, *values = mean_of_ranks(torch.stack(list(sums.values()))).tolist()
     metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
@@ -1711,9 +1681,7 @@ def fixed_args(args: Args) -> dict[str, Any]:
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in changing}
 
 
-def record(
-    agent: Agent, optimizer: FlatAdam, loss_of: Callable, batch: dict[str, Tensor], minibatches: Tensor, args: Args
-) -> None:
+def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> None:
     """On the CPU: makes optimizer.recording of the operations of flat_gradient, which TorchScript plays.
 
     They give the same bits in 0.6 of the time (networks of 128-128; see benchmarks/results/against.md): without
@@ -1723,7 +1691,7 @@ def record(
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # takes 0.4 s
 
-    what = loss_of, minibatches.shape[1:], fixed_args(args)
+    what = minibatches.shape[1:], fixed_args(args)
     again, optimizer.recorded = what == optimizer.recorded, what
     if not again or not optimizer.flat.is_cpu:
         optimizer.recording = None
@@ -1733,12 +1701,11 @@ def record(
 
     def gradient(mb_inds: Tensor, *tensors: Any) -> list[Tensor]:
         now = dataclasses.replace(args, **dict(zip(SCALARS, tensors)))
-        rows = dict(zip(batch, tensors[len(SCALARS) :]))
-        gradient, metrics = flat_gradient(agent, optimizer.views, loss_of, rows, mb_inds, now)
+        gradient, metrics = flat_gradient(optimizer, dict(zip(batch, tensors[len(SCALARS) :])), mb_inds, now)
         names[:] = metrics
         return [gradient, *metrics.values()]
 
-    def play(agent: Agent, parameters: Any, loss_of: Callable, batch: dict, mb_inds: Tensor, args: Args) -> Any:
+    def play(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Args) -> tuple[Tensor, Tensors]:
         with torch.no_grad():
             gradient, *values = recording(mb_inds, *(getattr(args, name) for name in SCALARS), *batch.values())
         return gradient, dict(zip(names, values))
@@ -1758,7 +1725,8 @@ def record(
                 raise ValueError("it has other values the second time")
         optimizer.recording = play
     except Exception as error:  # an edited loss that asks for a tensor's value, or draws numbers
-        say(f"warning: updates take 1.7 times as long, for {loss_of.__name__} cannot be recorded: {one_line(error)}")
+        name = optimizer.loss_of.__name__
+        say(f"warning: updates take 1.7 times as long, for {name} cannot be recorded: {one_line(error)}")
         optimizer.recording = flat_gradient  # which is not tried again
 
 
@@ -1773,14 +1741,14 @@ class CudaGraph:
 
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.batch: dict[str, Tensor] = {}
+        self.batch: Tensors = {}
         # (Never tried with several processes: no machine with two GPUs was at hand.)
         self.side, self.works = torch.cuda.Stream(), world_size() == 1
         self.fixed: dict[str, Any] | None = None
 
     def __call__(
-        self, agent: Agent, optimizers: Sequence[FlatAdam], batch: dict[str, Tensor], minibatches: Tensor, args: Args
-    ) -> list[dict[str, Tensor]]:
+        self, optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args
+    ) -> list[Tensors]:
         if not self.batch:
             self.batch = {name: tensor.clone() for name, tensor in batch.items()}
             self.minibatch = minibatches[:1].clone()
@@ -1794,7 +1762,7 @@ class CudaGraph:
         for optimizer, rate in zip(optimizers, self.scalars):
             optimizer.learning_rate = rate
         args = dataclasses.replace(args, **dict(zip(SCALARS, self.scalars[2:])))
-        self.step = functools.partial(self.one_minibatch, agent, optimizers, args)
+        self.step = functools.partial(self.one_minibatch, optimizers, args)
         totals: list[Any] = [0, 0]
         for minibatch in minibatches:
             self.minibatch.copy_(minibatch)
@@ -1807,13 +1775,13 @@ class CudaGraph:
             self.record()
         return [dict(zip(names, total)) for names, total in zip(self.names, totals)]
 
-    def one_minibatch(self, agent: Agent, optimizers: Sequence[FlatAdam], args: Args) -> None:
+    def one_minibatch(self, optimizers: Sequence[FlatAdam], args: Args) -> None:
         """Both networks side by side, each on a CUDA stream."""
         (actor, critic), main = optimizers, torch.cuda.current_stream()
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
-            critic_sums = descend(agent, critic, value_loss, self.batch, self.minibatch, args)
-        actor_sums = descend(agent, actor, policy_loss, self.batch, self.minibatch, args)
+            critic_sums = descend(critic, self.batch, self.minibatch, args)
+        actor_sums = descend(actor, self.batch, self.minibatch, args)
         main.wait_stream(self.side)
         self.names = [list(sums) for sums in (actor_sums, critic_sums)]
         self.sums = [torch.stack(list(sums.values())) for sums in (actor_sums, critic_sums)]
@@ -1836,7 +1804,7 @@ class CudaGraph:
         few = self.minibatch[:, :rows].cpu().expand(4, -1)
         for _ in range(3):  # the first warms up, the second is recorded
             began = time.perf_counter()
-            descend_both(agent, optimizers, batch, few, args)
+            descend_both(optimizers, batch, few, args)
             seconds = time.perf_counter() - began
         return seconds / 4 * args.batch_size * args.update_epochs / rows
 
@@ -2167,7 +2135,7 @@ def should_evaluate(state: State, args: Options) -> bool:
     return spaced and affordable and state.global_step < args.total_timesteps  # deliver() has the last weights
 
 
-def play_seeds(envs: VecEnv, state: State, weights: dict[str, Tensor], first: int, count: int, **how: Any) -> Episodes:
+def play_seeds(envs: VecEnv, state: State, weights: Tensors, first: int, count: int, **how: Any) -> Episodes:
     """Episodes of the deterministic policy with these weights, on `count` seeds from `first` on."""
     episodes = envs.play(weights, list(range(first, first + count)), **how)
     state.evaluation_steps += sum(length for _, length, *_ in episodes)
@@ -2267,10 +2235,8 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tupl
     temporary = path.with_suffix(".tmp.mp4")
     with refuse(f"cannot write {path}", TrainingError):  # a full disk, a renderer that has lost its display, ...
         path.parent.mkdir(exist_ok=True)
-        if is_odd(path.parent):
-            raise ValueError("videos is a link")
         temporary.unlink(missing_ok=True)
-        env = make_env(args, published=True, render_mode="rgb_array")
+        env = make_env(args, published=True, render=True)
         fps = env.metadata.get("render_fps", 30)
         # macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
         with closing(env), imageio.get_writer(temporary, fps=fps, macro_block_size=2) as writer:
@@ -2433,17 +2399,13 @@ class Log:
 
     def picture(self, tag: str, step: int, png: bytes) -> None:
         """A picture for TensorBoard's IMAGES."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # of the PNG's header
-        image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
-        self.write("events", self.record(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)])))
+        image = {"encoded_image_string": png, "width": width, "height": height, "colorspace": 4}
+        self.write("events", self.record(step=step, summary={"value": [{"tag": tag, "image": image}]}))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self.write("events", self.record(step=step, summary=summary))
+        entries = [{"tag": tag, "simple_value": value} for tag, value in values.items()]
+        self.write("events", self.record(step=step, summary={"value": entries}))
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
@@ -2815,13 +2777,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if number is not None:
                 say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}")
         return 128 + number if number is not None else 0
-    except (UserError, TrainingError) as error:
-        print(f"ppo_vec.py: error: {f'rank {rank()}: ' * (world_size() > 1)}{error}", file=sys.stderr)
+    except (UserError, TrainingError, torch.OutOfMemoryError) as error:
+        help = "no memory left on the GPU; fewer --num-envs x --num-steps, or more --num-minibatches, need less"
+        text = f"{help} ({one_line(error)})" if isinstance(error, torch.OutOfMemoryError) else error
+        print(f"ppo_vec.py: error: {f'rank {rank()}: ' * (world_size() > 1)}{text}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except torch.OutOfMemoryError as error:
-        help = "fewer --num-envs x --num-steps, or more --num-minibatches, need less"
-        print(f"ppo_vec.py: error: no memory left on the GPU; {help} ({one_line(error)})", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:  # in an evaluation, or before a run has taken the signal over
         return 130
     finally:

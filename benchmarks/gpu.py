@@ -102,7 +102,7 @@ def minibatch(hidden: int, size: int, how: str, limit: float) -> list[float]:
         run = state.descend_both if how == "graph" else one_by_one if how == "kernels" else pv.descend_both
         for optimizer in state.optimizers:
             optimizer.learning_rate = 1e-6
-        times.append(seconds(lambda: run(state.agent, state.optimizers, batch, some, args), 1)[0] / count)
+        times.append(seconds(lambda: run(state.optimizers, batch, some, args), 1)[0] / count)
 
     if how == "kernels":
         one_by_one = pv.CudaGraph()

@@ -135,8 +135,8 @@ def minibatch_seconds(rows: int, repeats: int) -> float:
     for optimizer in state.optimizers:
         optimizer.learning_rate = 1e-8
     args = make_args(1, steps=rows)
-    pv.descend_both(state.agent, state.optimizers, batch, some, args)  # the next one records
-    return timed(lambda: pv.descend_both(state.agent, state.optimizers, batch, some, args), repeats) / len(some)
+    pv.descend_both(state.optimizers, batch, some, args)  # the next one records
+    return timed(lambda: pv.descend_both(state.optimizers, batch, some, args), repeats) / len(some)
 
 
 def iteration(args: pv.Options, repeats: int) -> dict[str, float]:

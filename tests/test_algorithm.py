@@ -655,7 +655,7 @@ def test_a_failing_network_is_told_when_the_other_has_ended(
     """Else the other would go on to change weights while its caller saves them."""
     state, failed, ended = make_state(make_args()), threading.Event(), []
 
-    def descend(agent: Agent, optimizer: Any, *_: Any) -> dict[str, Tensor]:
+    def descend(optimizer: Any, *_: Any) -> dict[str, Tensor]:
         if optimizer is state.optimizers[failing]:
             failed.set()
             raise error("a job")
@@ -679,11 +679,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def by_autograd(agent: Agent, optimizers: Any, batch: dict, minibatches: Tensor, args: Any) -> list[dict[str, Tensor]]:
+def by_autograd(optimizers: Any, batch: Any, minibatches: Tensor, args: Any) -> list[dict[str, Tensor]]:
     """descend_both, one network after the other and never recorded."""
-    rest = minibatches, dataclasses.replace(args, **{k: torch.tensor(getattr(args, k)) for k in ppo_vec.SCALARS})
-    jobs = zip(optimizers, (ppo_vec.policy_loss, ppo_vec.value_loss))
-    return [ppo_vec.descend(agent, *job, batch, *rest) for job in jobs]
+    now = dataclasses.replace(args, **{k: torch.tensor(getattr(args, k)) for k in ppo_vec.SCALARS})
+    return [ppo_vec.descend(optimizer, batch, minibatches, now) for optimizer in optimizers]
 
 
 def pair(args: Options, task: ppo_vec.Task | None = None) -> tuple[State, State]:

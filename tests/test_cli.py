@@ -536,7 +536,14 @@ def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkey
     assert "video" not in capsys.readouterr().out
     assert main("--resume", run, "--total-timesteps", "160") == 0
     found = json.loads((run / "args.json").read_text())["args"]
-    assert [found[name] for name in wanted] == [False, None, False, str(tmp_path), "run", ppo_vec.START_METHOD]
+    assert [found[name] for name in wanted] == [
+        False,
+        None,
+        False,
+        str(tmp_path),
+        "run",
+        ppo_vec.Options().start_method,
+    ]
     assert read(run / "checkpoint.pt")["global_step"] == 160
     assert {path.name for path in tmp_path.iterdir()} == {"run", "runs"}
     assert [path.name for path in Path("runs").glob("*/*")] == ["evaluation.csv"]

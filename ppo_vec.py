@@ -553,8 +553,9 @@ LANDER = {
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
         "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85, "ent_coef": 0.0025,
-        "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -20.0, "fall_retries": 4, "action_cost": 0.2,
-        "critic_progress": True, "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
+        "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -20.0, "fall_retries": 4,
+        "action_cost": 0.2, "critic_progress": True, "swa_share": 0.4,
+        "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {**LANDER, "ent_coef": 0.001, "state_dependent_std": True},
     "LunarLander-v3": {**LANDER, "ent_coef": 0.01},
@@ -1706,7 +1707,7 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         return [gradient, *metrics.values()]
 
     def play(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Args) -> tuple[Tensor, Tensors]:
-        with torch.no_grad():
+        with torch.no_grad(), torch.jit.optimized_execution(False):  # else addmm becomes mm and add: other bits
             gradient, *values = recording(mb_inds, *(getattr(args, name) for name in SCALARS), *batch.values())
         return gradient, dict(zip(names, values))
 
@@ -1716,11 +1717,10 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         recording.graph.eliminate_dead_code()
         recording.recompile()
         # (torch.compile, which is TorchScript's successor, needs a C++ compiler.)
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():
-            with contextlib.suppress(RuntimeError):  # it knows fewer layers than make_fx: no LayerNorm
-                recording = torch.jit.trace(recording, inputs, check_trace=False)
-            copies = recording(*inputs)
-        for copied, value in zip(copies, gradient(*inputs), strict=True):
+        with warnings.catch_warnings(action="ignore"), torch.no_grad(), contextlib.suppress(RuntimeError):
+            recording = torch.jit.trace(recording, inputs, check_trace=False)  # it knows no LayerNorm, for example
+        copies, own_metrics = play(optimizer, batch, minibatches[0], args)
+        for copied, value in zip((copies, *own_metrics.values()), gradient(*inputs), strict=True):
             if not torch.allclose(copied, value, rtol=0, atol=0, equal_nan=True):
                 raise ValueError("it has other values the second time")
         optimizer.recording = play

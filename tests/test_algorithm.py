@@ -676,6 +676,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "state_dependent_std": {"state_dependent_std": True}, "clip_vloss": {"clip_vloss": True},
     "bounds_loss": {"bounds_loss_coef": 0.5}, "relu": {"activation": "relu"}, "elu": {"activation": "elu"},
     "target_kl": {"target_kl": 0.02, "learning_rate": 3e-3}, "one": {"num_minibatches": 1}, "discrete": {},
+    "wide": {"actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256)},  # more than one block of a product
 }  # fmt: skip
 
 

@@ -728,6 +728,17 @@ def test_the_best_evaluated_policy_is_kept(tmp_path: Path) -> None:
         assert (summary["finished"], summary["evaluation_steps"]) == (False, 35 * k)
 
 
+def test_a_policy_that_has_solved_the_task_is_not_replaced_by_one_with_luck(tmp_path: Path) -> None:
+    """Five episodes of 300 show less than 120 of 210; and what is delivered, solves the task."""
+    contest = Contest(tmp_path)
+    contest.returns = lambda policy, seed: {0.1: 190, 0.5: 210, 0.9: 300}[policy]
+    assert contest.evaluate(0.5, 1000)["episodes"] == 120
+    contest.evaluate(0.9, 2000)
+    assert contest.best()[0] == 0.5
+    contest.finish(0.1)
+    assert contest.best()[0] == 0.5
+
+
 @pytest.mark.parametrize("swa_share", [0.0, 0.2])
 @pytest.mark.parametrize(("earlier", "winner"), [(0.1, "last"), (0.9, "earlier"), (0.4, "last")])
 def test_what_a_run_delivers(tmp_path: Path, swa_share: float, earlier: float, winner: str) -> None:

@@ -1503,7 +1503,7 @@ def edge_vectors(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.nda
 def step_walkers(walkers: Sequence[Walker], actions: np.ndarray, lidar: bool = True) -> Steps:
     """One step of each walker with its row of actions (n, 4); what BipedalWalker.step does, in the same arithmetic.
 
-    Rewards have the actions' precision, as the published ones do under NumPy 2. Without lidar, obs[:, 14:] is undefined.
+    Rewards have the actions' precision, as the published ones do under NumPy 2. Without lidar, obs[:, 14:] are not set.
     """
     n = len(walkers)
     if actions.dtype.kind != "f":

@@ -484,7 +484,7 @@ def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None =
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
-        save(folder, state, log)
+        save(state, log)
         while state.global_step < args.total_timesteps and not stopped():
             log.lap("files")  # and evaluations: a rollout's time is without them
             now = scheduled(args, state.global_step, state.shown)  # the arguments of this iteration
@@ -496,14 +496,14 @@ def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None =
             note_returns(state, rollout)
             log.iteration(state, rollout, metrics, now)
             if should_evaluate(state, args):
-                evaluate(envs, state, folder, log)
+                evaluate(envs, state, log)
             if should_save(state):
-                save(folder, state, log)
-        save(folder, state, log)
+                save(state, log)
+        save(state, log)
         if not stopped():
-            deliver(envs, state, folder, log)
-        plot_learning_curve(folder, state, log)
-        save(folder, state, log)
+            deliver(envs, state, log)
+        plot_learning_curve(state, log)
+        save(state, log)
     return None if state.finished else stopped()
 
 
@@ -2145,7 +2145,7 @@ def play_seeds(envs: VecEnv, state: State, weights: Tensors, first: int, count: 
     return episodes
 
 
-def evaluate(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
+def evaluate(envs: VecEnv, state: State, log: Log) -> None:
     """A periodic evaluation, on fresh selection seeds: keeps the best policies, notes when the task is solved."""
     goal, weights, episodes = state.task.goal, copy.deepcopy(state.agent.state_dict()), []
     for count in ROUNDS:
@@ -2164,7 +2164,7 @@ def evaluate(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     if score(row, goal) > score(state.best["evaluation"], goal):
         state.best = {"agent": weights, "evaluation": row}
     log.evaluation(state, row)
-    write_results(envs, state, folder, state.best["evaluation"], row)
+    write_results(envs, state, log.folder, state.best["evaluation"], row)
 
 
 def score(evaluation: dict[str, Any], goal: float | None) -> tuple[bool, float]:
@@ -2177,7 +2177,7 @@ def score(evaluation: dict[str, Any], goal: float | None) -> tuple[bool, float]:
     return confirmed, mean - evaluation["std"] / math.sqrt(episodes)
 
 
-def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
+def deliver(envs: VecEnv, state: State, log: Log) -> None:
     """The end of a run: what it delivers, and its test.
 
     That is the last weights, or with --swa-share their mean. If these do not solve the task on fresh selection seeds,
@@ -2216,14 +2216,14 @@ def deliver(envs: VecEnv, state: State, folder: Path, log: Log) -> None:
     say(f"delivered: {what}: {summary_text(result)}")
     falls = float(np.mean([fell for _, _, fell, _ in test]))
     log.scalars(step, {"test/return": result["mean"], "test/fall_rate": falls, "test/last_return": last_result["mean"]})
-    write_episodes(folder, test)
+    write_episodes(log.folder, test)
     if args.capture_video:
         policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
-        path, strip = record_video(args, policy, folder, TEST_SEEDS)
+        path, strip = record_video(args, policy, log.folder, TEST_SEEDS)
         log.picture("video", step, strip)
         say(f"video: {path}")
     state.finished = True
-    write_results(envs, state, folder, result, last_result)
+    write_results(envs, state, log.folder, result, last_result)
 
 
 def write_episodes(folder: Path, episodes: Episodes) -> None:
@@ -2294,15 +2294,15 @@ def should_save(state: State) -> bool:
     return bool(max(all_ranks(torch.tensor(int(due)))))
 
 
-def save(folder: Path, state: State, log: Log) -> None:
+def save(state: State, log: Log) -> None:
     """Writes checkpoint.pt, keeping the one before. Raises TrainingError where the disk is full."""
     began = time.perf_counter()
     state.log_sizes = log.flush(to_disk=True)
     # The first one takes the place of what may be damaged, and what the run was resumed from is kept.
-    keep = folder / "checkpoint.previous.pt" if state.saved_at > -math.inf else None
+    keep = log.folder / "checkpoint.previous.pt" if state.saved_at > -math.inf else None
     tree = state.gathered()
     if rank() == 0:
-        write_file(folder / "checkpoint.pt", encode(tree), keep=keep)
+        write_file(log.folder / "checkpoint.pt", encode(tree), keep=keep)
     state.saved_at = time.perf_counter()
     state.save_cost = state.saved_at - began
 
@@ -2330,7 +2330,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, state: State) -> None:
-        self.args, self.steps_before = state.args, state.global_step
+        self.args, self.folder, self.steps_before = state.args, folder, state.global_step
         self.started = self.clock = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.wandb = start_wandb(self.args) if self.args.track else None
@@ -2362,12 +2362,11 @@ class Log:
             with contextlib.suppress(OSError):
                 closed.close()
         if self.wandb is not None:
-            folder = self.paths["events"].parent
-            if read_json(folder / "summary.json").get("finished"):
+            if read_json(self.folder / "summary.json").get("finished"):
                 names = "best.pt", "evaluation.csv", "summary.json", "learning_curve.png", "videos/*.mp4"
-                for path in itertools.chain.from_iterable(folder.glob(name) for name in names):
+                for path in itertools.chain.from_iterable(self.folder.glob(name) for name in names):
                     if not is_odd(path):  # escaped: wandb takes both for patterns
-                        self.wandb.save(glob.escape(str(path)), base_path=glob.escape(str(folder)), policy="now")
+                        self.wandb.save(glob.escape(str(path)), base_path=glob.escape(str(self.folder)), policy="now")
             self.wandb.finish()
 
     def write(self, name: str, data: bytes) -> None:
@@ -2481,13 +2480,13 @@ def describe_run(args: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plot_learning_curve(folder: Path, state: State, log: Log) -> None:
+def plot_learning_curve(state: State, log: Log) -> None:
     """learning_curve.png, also for TensorBoard: the mean and deviation of recent returns; evaluations."""
     try:
         from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
     except ImportError:
         return say("warning: no learning_curve.png without matplotlib")
-    lines = read_file(folder / "episodes.csv").decode().splitlines()[1:]
+    lines = read_file(log.folder / "episodes.csv").decode().splitlines()[1:]
     if not lines:
         return None
     rows = np.array([line.split(",")[:3] for line in lines], float)
@@ -2504,13 +2503,13 @@ def plot_learning_curve(folder: Path, state: State, log: Log) -> None:
         axes.axvline(state.solved_at_step, color="C2", lw=1, ls=":", label="solved")
     if state.task.goal is not None:
         axes.axhline(state.task.goal, color="0.4", lw=1, ls="--", label=f"goal {state.task.goal:g}")
-    axes.set(xlabel="environment steps", ylabel="return", title=folder.name)
+    axes.set(xlabel="environment steps", ylabel="return", title=log.folder.name)
     axes.legend(loc="lower right", fontsize="small")
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
     log.picture("learning_curve", state.global_step, buffer.getvalue())
-    return write_file(folder / "learning_curve.png", buffer.getvalue())
+    return write_file(log.folder / "learning_curve.png", buffer.getvalue())
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -2531,7 +2530,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what the
     ("(final_)?gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     ("swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
     ("anneal_share", lambda v: 0 < v <= 1, "lie in (0, 1]"),
-    ("\\w+_coef|action_cost|min_std|seed", lambda v: 0 <= v < math.inf, "be a finite number, not negative"),
+    ("\\w+_(coef|cost|retries)|min_std|seed", lambda v: 0 <= v < math.inf, "be a finite number, not negative"),
     ("(final_)?fall_reward", lambda v: -math.inf < v < 0, "be a finite number less than 0"),
     ("run_name", lambda v: Path(v).name == v != "..", "be a plain folder name"),
 )  # fmt: skip

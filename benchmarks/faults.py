@@ -472,9 +472,9 @@ class Fuzz:
         self.tried, self.outcomes, self.problems = Counter(), Counter(), []
         kept, real = [], ppo_vec.save
 
-        def save(run: Path, *args: Any) -> None:
-            real(run, *args)
-            kept.append((run / "checkpoint.pt").read_bytes())
+        def save(state: ppo_vec.State, log: ppo_vec.Log) -> None:
+            real(state, log)
+            kept.append((log.folder / "checkpoint.pt").read_bytes())
 
         eager = replaced_attribute(ppo_vec, "should_save", lambda state: True)
         with quiet(), eager, replaced_attribute(ppo_vec, "save", save):

@@ -667,7 +667,8 @@ def test_episodes_csv(trained: Path) -> None:
 def test_best_is_the_best(trained: Path) -> None:
     """By its mean less one standard error: a policy that once in a while falls may be lucky in a few episodes."""
     falls, never = ({"mean": 300.0, "std": std, "episodes": 100} for std in (50.0, 1.0))
-    assert (ppo_vec.score(falls, 200), ppo_vec.score(never, 200)) == ((False, 295), (False, pytest.approx(299.9)))
+    assert (ppo_vec.score(falls, None), ppo_vec.score(never, None)) == ((False, 295), (False, pytest.approx(299.9)))
+    assert ppo_vec.score(falls, 300.0) > ppo_vec.score({**never, "episodes": 99}, 300.0)  # the first is confirmed
     tree, best = read(trained / "checkpoint.pt"), read(trained / "best.pt")
     assert ppo_vec.score(best["evaluation"], 200) >= ppo_vec.score(tree["evaluations"][-1], 200)
     assert best["evaluation"] == tree["best"]["evaluation"]

@@ -659,7 +659,8 @@ class Contest:
         self.state = State(self.args, dataclasses.replace(ppo_vec.make_task(self.args), goal=goal), CPU)
         self.envs = VecEnv(self.args, self.state.task, self.state.envs)  # never started
         self.folder, self.calls, self.logged = folder, [], []
-        self.log = SimpleNamespace(evaluation=lambda state, row: self.logged.append(row), scalars=lambda *_: None)
+        note = lambda state, row: self.logged.append(row)  # noqa: E731
+        self.log = SimpleNamespace(folder=folder, evaluation=note, scalars=lambda *_: None)
         self.returns = self.tests = lambda policy, seed: float(policy)
         self.envs.play = self.play
 
@@ -676,7 +677,7 @@ class Contest:
     def evaluate(self, policy: float, step: int) -> dict[str, Any]:
         self.become(policy)
         self.state.global_step = step
-        ppo_vec.evaluate(self.envs, self.state, self.folder, self.log)
+        ppo_vec.evaluate(self.envs, self.state, self.log)
         return self.state.evaluations[-1]
 
     def finish(self, last: float, average: float = 0.0, step: int = 10**6) -> dict[str, Any]:
@@ -685,7 +686,7 @@ class Contest:
         self.become(average, self.state.average.module)
         self.state.global_step = step
         self.calls.clear()
-        ppo_vec.deliver(self.envs, self.state, self.folder, self.log)
+        ppo_vec.deliver(self.envs, self.state, self.log)
         return json.loads((self.folder / "summary.json").read_text())
 
     def best(self) -> tuple[float, dict[str, Any]]:

@@ -221,9 +221,9 @@ def test_a_checkpoint_every_two_seconds_or_a_hundred_times_its_cost(
         clock[0] += seconds
         return clock[0]
 
-    def save(folder: Path, *args: Any) -> None:
-        real(folder, *args)
-        saved.append(checked_checkpoint(folder)["global_step"] // 40)
+    def save(state: ppo_vec.State, log: ppo_vec.Log) -> None:
+        real(state, log)
+        saved.append(checked_checkpoint(log.folder)["global_step"] // 40)
 
     monkeypatch.setattr(ppo_vec, "save", save)
     monkeypatch.setattr(ppo_vec, "update", lambda *args: (tick(update_s), update(*args))[1])
@@ -321,7 +321,7 @@ ENDING: dict[str, tuple[str, Callable[..., Any]]] = {
     "choice": ("play_seeds", lambda *args, **how: args[4] == 1 and "published" not in how),
     "test": ("play_seeds", lambda *args, **how: how.get("published")),
     "video": ("record_video", lambda *_: True),
-    "last checkpoint": ("save", lambda folder, state, log: state.finished),
+    "last checkpoint": ("save", lambda state, log: state.finished),
     "picture": ("plot_learning_curve", lambda *_: True),
 }
 

@@ -7,7 +7,7 @@
     python ppo_vec.py --evaluate runs/NAME             # 100 test episodes of the policy that a run delivered
     action = ppo_vec.load_policy("runs/NAME")(obs)     # in Python: from raw observations to actions
 
-What stands where. First the algorithm: Args, Agent, gae, policy_loss, value_loss, update, Rollout, collect, train.
+Order of this file. First the algorithm: Args, Agent, gae, policy_loss, value_loss, update, Rollout, collect, train.
 Then the engineering: options and schedules, the optimizer, environments, the acting policy, workers, walkers, several
 processes, CUDA, checkpoints (State: agent, optimizers, generators, counters), evaluation, logs, command line.
 
@@ -59,7 +59,7 @@ from typing import Any, Literal, get_type_hints
 if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # with any other, torch raises on CUDA
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 # To be set before NumPy is imported; a user's own value stays. One thread: the policy's matrices are too small to
-# share. OpenBLAS chooses a kernel by processor, and each gives other last bits: take one that all AVX2 machines have.
+# share. OpenBLAS chooses a kernel by processor, and their results differ in the last bits: take the one of AVX2.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
 with contextlib.suppress(OSError):
     if " avx2 " in Path("/proc/cpuinfo").read_text():
@@ -82,18 +82,18 @@ from torch.optim.swa_utils import AveragedModel
 
 @dataclass
 class Args:
-    """The arguments of PPO. `Options`, further down, adds the engineering's; TUNED has better values for some tasks."""
+    """The arguments of PPO. `Options`, further down, adds all others; TUNED has better values for some tasks."""
 
     seed: int = 1  # seed of everything random: environments, action noise, shuffling and initialisation
     cuda: bool = False  # run the networks on the GPU (environments and the acting policy stay on the CPU)
 
-    total_timesteps: int = 1_000_000  # environment steps to train for; the first rollout that reaches it is the last
-    num_envs: int = 16  # the number of environments stepped in parallel (with torchrun: by each process)
+    total_timesteps: int = 1_000_000  # environment steps to train for; training ends with the rollout that reaches it
+    num_envs: int = 16  # the number of environments stepped in parallel (with torchrun: in each process)
     num_steps: int = 128  # steps of each environment per rollout
     learning_rate: float = 3e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
     critic_learning_rate: float | None = None  # the critic's own learning rate; None: --learning-rate
     anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero
-    anneal_share: float = 0.2  # over this last share of --total-timesteps; 1: all of them
+    anneal_share: float = 0.2  # the last share of the training, in which they fall; 1: all of it
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
     value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: Monte Carlo returns
@@ -175,12 +175,12 @@ class Gaussian(nn.Module):
     """A diagonal Gaussian over actions, where -1 and 1 are the action bounds. Samples may lie beyond them.
 
     For another distribution, such as a Beta, write a class with `outputs` and all methods below except mean_logstd, and
-    let `Distribution` name it.
+    assign it to `Distribution`.
     """
 
     def __init__(self, action_dim: int, args: Args) -> None:
         super().__init__()
-        self.outputs = action_dim * (2 if args.state_dependent_std else 1)  # how many the actor has
+        self.outputs = action_dim * (2 if args.state_dependent_std else 1)  # the number of the actor's outputs
         self.first_logstd, self.min_std = math.log(args.initial_std), args.min_std
         logstd = torch.full((action_dim,), self.first_logstd)
         self.logstd = None if args.state_dependent_std else nn.Parameter(logstd)
@@ -208,7 +208,7 @@ class Gaussian(nn.Module):
     def bounds_loss(self, out: Tensor) -> Tensor:
         """The squared excess of the mean beyond the action bounds, (...).
 
-        Beyond the bounds all actions do the same, so the reward has no gradient that brings a mean back.
+        All actions beyond a bound have the same effect, so the reward has no gradient that brings a mean back.
         """
         return (self.mean_logstd(out)[0].abs() - 1).clamp(min=0).square().sum(-1)
 
@@ -279,7 +279,9 @@ def gae(
     Args: all (T, N); rewards, values and next_values float32, terminated and truncated bool.
     Returns: advantages (T, N).
     """
-    advantages = rewards + gamma * next_values * ~terminated - values  # the deltas, which the loop sums up
+    advantages = (
+        rewards + gamma * next_values * ~terminated - values
+    )  # TD errors (deltas); the loop adds the later ones
     decay = gamma * gae_lambda * ~(terminated | truncated)
     for t in reversed(range(len(rewards) - 1)):
         advantages[t] += decay[t] * advantages[t + 1]
@@ -319,7 +321,7 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
 
 
 def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. To Adam it matters in clipping, else hardly.
+    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. The factor only affects gradient clipping.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
     Returns: the loss, and 0.5 x MSE as a metric without gradient.
@@ -336,11 +338,11 @@ def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are normalised once, over the rollout, and not in each minibatch (37 details, no. 7): there a minibatch
-    without events weighs as much as one with a rare, large reward. The observation normaliser changes only at the end:
-    it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
+    Advantages are normalised once, over the rollout. Normalised in each minibatch (37 details, no. 7), one in which
+    nothing happens would weigh as much as one with a rare, large reward. The observation normaliser changes only at
+    the end: it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
     """
-    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # of policy_loss and value_loss
+    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # for policy_loss and value_loss
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
     advantages = gae(*steps, args.gamma, args.gae_lambda)
     returns = advantages + rollout.values
@@ -360,7 +362,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     actor_optimizer.begin(args.learning_rate)
     critic_optimizer.begin(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
-    for sums in state.descend_both(state.optimizers, batch, minibatches, args):  # or its form for CUDA
+    for sums in state.descend_both(state.optimizers, batch, minibatches, args):  # on CUDA: CudaGraph
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -380,16 +382,24 @@ def descend_both(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Te
 
 
 def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
-    """A step of Adam for each minibatch, a row of indices into batch. Returns how many, and the sum of each metric."""
-    sums, gradient_of = torch.zeros((), device=optimizer.flat.device), optimizer.recording or flat_gradient
+    """A step of Adam for each minibatch, a row of indices into batch.
+
+    Returns "steps", the number of steps taken, and the sum of each metric over them.
+    """
+    sums, gradient_of = (
+        torch.zeros((), device=optimizer.flat.device),
+        optimizer.recording or flat_gradient,
+    )  # see `record`
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
         if args.target_kl is not None and "approx_kl" in metrics:  # no step from a policy that has gone too far (SB3)
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = norm = optimizer.take_step(gradient, args.max_grad_norm)
         row = torch.stack([torch.ones_like(norm), *metrics.values()])
-        sums = sums + row.masked_fill(optimizer.found_inf > 0, 0.0)  # beyond target_kl no step was taken
-        if optimizer.flat.is_cpu and optimizer.found_inf:  # nothing waits for a GPU: there found_inf stops the steps
+        sums = sums + row.masked_fill(optimizer.stopped > 0, 0.0)  # beyond target_kl no step was taken
+        if (
+            optimizer.flat.is_cpu and optimizer.stopped
+        ):  # to ask a GPU would be to wait for it: there Adam skips the rest
             break
     return dict(zip(("steps", *metrics), sums))
 
@@ -433,7 +443,7 @@ def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float)
     """
     goes_on = (~(rollout.terminated | rollout.truncated)).numpy()
     carried = state.discounted_return.numpy() * ~rollout.restarted.numpy()
-    returns = rewards.double().numpy()  # of the past, discounted; in NumPy: torch takes six times as long here
+    returns = rewards.double().numpy()  # discounted sums of past rewards; in NumPy: torch takes six times as long here
     for t in range(len(returns)):
         returns[t] += gamma * carried
         carried = returns[t] * goes_on[t]
@@ -448,16 +458,16 @@ def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float)
 def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     """Lets every environment take num_steps steps with the current policy.
 
-    The workers act with a NumPy copy of the actor, on noise drawn here: one message each for a whole rollout. The agent
-    itself then computes values and log probabilities of all steps at once, so that the update's first ratios are 1.
-    Actions are stored unclipped. Raises TrainingError where a rollout fails.
+    The workers act with a NumPy copy of the actor and with noise drawn here: one message each for a whole rollout. The
+    agent itself then computes values and log probabilities of all steps at once, so that the update's first ratios are
+    1. Actions are stored unclipped. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
     shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim
     noise = agent.distribution.noise(state.noise_rng, *shape)
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size * world_size()
-    rollout.rewards = training_rewards(state, rollout, args)  # scale_rewards, and what some environments need beside
+    rollout.rewards = training_rewards(state, rollout, args)  # scale_rewards, and more for some environments
     rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
     rollout.normalized_obs = x = agent.normalizer(rollout.obs)
     rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
@@ -486,7 +496,7 @@ def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None =
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
         save(state, log)
         while state.global_step < args.total_timesteps and not stopped():
-            log.lap("files")  # and evaluations: a rollout's time is without them
+            log.lap("files")  # and evaluations: not to be counted as a rollout
             now = scheduled(args, state.global_step, state.shown)  # the arguments of this iteration
             rollout = collect(envs, state, now)
             log.lap("rollout")
@@ -651,7 +661,7 @@ class FlatAdam:
         nn.utils.vector_to_parameters(self.flat, parameters)  # sets each p.data to its view
         zero, zeros = torch.zeros((), device=self.flat.device), torch.zeros_like(self.flat)
         self.state = {"step": zero, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-        self.found_inf = zero.clone()  # torch's name: Adam takes no step while it is 1
+        self.stopped = zero.clone()  # while it is 1, Adam takes no step (torch's found_inf)
         self.learning_rate: Any = 0.0
         self.group = dist.new_group() if world_size() > 1 else None  # each network's messages are its own
         self.recording: Callable[..., tuple[Tensor, Tensors]] | None = None  # these two: record
@@ -660,7 +670,7 @@ class FlatAdam:
     def begin(self, learning_rate: float) -> None:
         """Begins an update."""
         self.learning_rate = learning_rate
-        self.found_inf.zero_()
+        self.stopped.zero_()
 
     def take_step(self, gradient: Tensor, max_grad_norm: float) -> Tensor:
         """A step down the mean of all ranks' gradients, clipped. Returns its norm before it was clipped."""
@@ -668,17 +678,17 @@ class FlatAdam:
         norm = gradient.norm()
         gradient = gradient * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         step, exp_avg, exp_avg_sq = self.state.values()
-        step += 1 - self.found_inf
+        step += 1 - self.stopped
         torch._fused_adam_(  # what torch.optim.Adam calls, after three times as much Python
             [self.flat], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=self.learning_rate,
             beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0,  # eps: 37 details, no. 3
-            amsgrad=False, maximize=False, grad_scale=None, found_inf=self.found_inf,
+            amsgrad=False, maximize=False, grad_scale=None, found_inf=self.stopped,
         )  # fmt: skip
         return norm
 
     def stop_beyond(self, target_kl: Any, kl: Tensor) -> None:
         """No more steps in this update where `kl`, the mean of all ranks, exceeds the target."""
-        self.found_inf.masked_fill_(mean_of_ranks(kl, self.group) > target_kl, 1.0)
+        self.stopped.masked_fill_(mean_of_ranks(kl, self.group) > target_kl, 1.0)
 
 
 def make_optimizers(agent: Agent) -> tuple[FlatAdam, FlatAdam]:
@@ -739,6 +749,8 @@ def make_env(args: Options, published: bool = False, render: bool = False) -> An
     for wrapper in args.wrappers:
         module, _, name = wrapper.partition(":")
         env = getattr(importlib.import_module(module), name)(env)
+        if not isinstance(env, gym.Env):
+            raise TypeError(f"{wrapper} returned {type(env).__name__}, not a gymnasium.Env")
     return env
 
 
@@ -784,7 +796,6 @@ def inspect_env(args: Options) -> Task:
     extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
     outdated = warnings.catch_warnings(action="ignore")  # of a version: the error says it, too
-    # (A wrapper may have made no environment; a display may be missing; or it raises whatever it likes.)
     with refuse(what), outdated, closing(make_env(args, published=True, render=args.capture_video)) as env:
         obs, actions, spec = env.observation_space, env.action_space, env.spec
         discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
@@ -1008,7 +1019,7 @@ class Policy:
 def check_copy(agent: Agent, task: Task, args: Args) -> None:
     """Raises TrainingError where Policy does not act as the agent says, as after a change of one of them only.
 
-    Its outputs must be those of Agent.policy, and the mean -log_prob of its samples the distribution's entropy.
+    Its outputs must be those of Agent.policy, and the mean -log_prob of its samples the entropy (exact, no estimate).
     """
     with torch.random.fork_rng(devices=[]):  # on random weights and statistics: at first many are 0 or 1
         torch.manual_seed(0)
@@ -1023,11 +1034,11 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
         same = np.allclose(policy.forward(obs[:, : task.obs_dim].numpy()), out.numpy(), rtol=1e-3, atol=1e-3)
     if not same:
         raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
-    out, distribution = out.repeat(500, 1), probe.distribution
-    noise = distribution.noise(torch.Generator().manual_seed(0), len(out), task.action_dim).numpy()
-    log_prob, entropy = distribution.log_prob_entropy(
-        out, torch.from_numpy(policy.distribution.act(out.numpy(), policy.std, noise))
-    )
+    distribution, generator = probe.distribution, torch.Generator().manual_seed(0)
+    out = torch.randn(2 * TILE, distribution.outputs, generator=generator).repeat(500, 1)
+    noise = distribution.noise(generator, len(out), task.action_dim).numpy()
+    actions = policy.distribution.act(out.numpy(), policy.std, noise)
+    log_prob, entropy = distribution.log_prob_entropy(out, torch.from_numpy(actions))
     surprise = -log_prob - entropy  # 0 in the mean
     if not surprise.mean().abs() < 6 * surprise.std() / math.sqrt(len(out)) + 1e-3:
         name = type(distribution).__name__
@@ -1124,13 +1135,14 @@ class Worker(gym.Env):
         if self.task.extra_dim:
             rows[:, -2], rows[:, -1] = self.lengths, self.returns
 
-    def step(self, some: slice, actions: np.ndarray, lidar: bool = True) -> Steps:
+    def step(self, some: slice, actions: np.ndarray, lidar: bool = True) -> tuple[np.ndarray, ...]:
         """One step of environments `some` with a row of actions each. Returns rewards, terminated and truncated."""
         self.obs[some], rewards, *ends = step_envs(self.envs[some], self.policy.env_action(actions), self.beat, lidar)
         self.lengths[some] += 1
         self.returns[some] += rewards
-        for past, row in zip(self.actions[some], actions):
-            past.append(row)
+        if self.args.fall_retries:
+            for past, row in zip(self.actions[some], actions):
+                past.append(row)
         return rewards, *ends
 
     def begin(self, i: int, episode: int) -> None:
@@ -1503,14 +1515,14 @@ def edge_vectors(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.nda
 def step_walkers(walkers: Sequence[Walker], actions: np.ndarray, lidar: bool = True) -> Steps:
     """One step of each walker with its row of actions (n, 4); what BipedalWalker.step does, in the same arithmetic.
 
-    Rewards have the actions' precision, as the published ones do under NumPy 2. Without lidar, obs[:, 14:] are not set.
+    Rewards have the actions' precision, as the published ones do under NumPy 2. Without lidar, obs[:, 14:] are 0.
     """
     n = len(walkers)
     if actions.dtype.kind != "f":
         actions = actions.astype(np.float64)
     effort = np.minimum(np.abs(actions), 1)
     speeds, torques = (MOTOR_SPEEDS * np.sign(actions)).tolist(), (stock.MOTORS_TORQUE * effort).tolist()
-    obs = np.empty((n, 24), np.float32)
+    obs = np.zeros((n, 24), np.float32)
     progress, x, y = np.empty(n), [0.0] * n, [0.0] * n
     terminated, truncated, fell = np.zeros((3, n), bool)
     hull: Any  # None, says gymnasium's hint, before the first reset
@@ -1693,14 +1705,14 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
     recorded. Where a field of Args changes, it is recorded anew, but not in the first update with it: often there is
     no second one.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # takes 0.4 s
-
     what = minibatches.shape[1:], fixed_args(args)
     again, optimizer.recorded = what == optimizer.recorded, what
     if not again or not optimizer.flat.is_cpu:
         optimizer.recording = None
     if not again or not optimizer.flat.is_cpu or optimizer.recording:
         return
+    from torch.fx.experimental.proxy_tensor import make_fx  # takes 0.4 s
+
     names: list[str] = []
 
     def gradient(mb_inds: Tensor, *tensors: Any) -> list[Tensor]:
@@ -1895,6 +1907,7 @@ class State:
         own, size = {**self.envs, "discounted_return": self.discounted_return}, self.args.num_envs
         with refuse("the checkpoint does not fit"):
             there = {**saved["envs"], "discounted_return": saved["discounted_return"]}
+            there.setdefault("retries", torch.zeros_like(there["episode"]))  # of a run begun before there were any
             for name, new in own.items():
                 rows = there[name][rank() * size :][:size]
                 own[name] = rows + new[len(rows) :] if name == "actions" else torch.cat((rows, new[len(rows) :]))
@@ -2147,11 +2160,12 @@ def play_seeds(envs: VecEnv, state: State, weights: Tensors, first: int, count: 
 
 def evaluate(envs: VecEnv, state: State, log: Log) -> None:
     """A periodic evaluation, on fresh selection seeds: keeps the best policies, notes when the task is solved."""
-    goal, weights, episodes = state.task.goal, copy.deepcopy(state.agent.state_dict()), []
+    goal, weights = state.task.goal, copy.deepcopy(state.agent.state_dict())
+    episodes: Episodes = []
     for count in ROUNDS:
         part = play_seeds(envs, state, weights, SELECTION_SEEDS + state.selection_episodes, count)
         state.selection_episodes += count
-        episodes += part
+        episodes = part if count == ROUNDS[-1] else episodes + part  # a hundred count alone: they decided nothing
         if count < ROUNDS[-1]:
             state.selection_steps += sum(length for _, length, *_ in part)
         if goal is None or state.solved_at_step is not None or summarize(episodes, goal)["mean"] < goal:

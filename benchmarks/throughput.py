@@ -268,16 +268,14 @@ def independent(bench: Bench, args: pv.Options) -> Iterator[float]:
 def step_on(pipe: Any, bench: Bench, args: pv.Options, first: int, last: int) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     worker, rng = bench.worker(args, first, last), np.random.default_rng(first)
-    obs = worker.obs
     while True:
         seconds, steps, began = pipe.recv(), 0, now()
         while now() - began < seconds:
             for noise in rng.standard_normal((32, last - first, 4), np.float32):
-                actions = worker.policy.env_action(worker.policy.sample(obs, noise, first))
-                obs, _, terminated, truncated = worker.step(slice(None), actions)
+                _, terminated, truncated = worker.step(slice(None), worker.policy.sample(worker.obs, noise, first))
                 for i in np.flatnonzero(terminated | truncated):
-                    obs[i] = worker.begin(i, worker.episode[i] + 1)
-                steps += len(obs)
+                    worker.begin(i, worker.episode[i] + 1)
+                steps += len(worker.obs)
         pipe.send(steps / (now() - began))
 
 

@@ -80,7 +80,7 @@ class StandIn:
     def graph(self, graph: Any) -> Iterator[None]:
         kept = self.state.descend_both
         tensors = [self.state.agent.state_dict(), *(o.state for o in self.state.optimizers)]
-        tensors.append({"found_inf": self.state.optimizers[0].found_inf})
+        tensors.append({"stopped": self.state.optimizers[0].stopped})
         before = copy.deepcopy(tensors)
         yield
         for now, then in zip(tensors, before):

@@ -602,6 +602,10 @@ def test_a_state_survives_its_checkpoint_and_goes_on_to_the_bit() -> None:
                 iterate(resumed, new_envs)
         assert_same(plain(resumed.state_dict()), plain(state.state_dict()))
         assert not torch.equal(resumed.agent.actor[0].weight, copied.agent.actor[0].weight)
+        older = decode(data)  # of a run begun before there were retries
+        del older["envs"]["retries"]
+        copied.load_share(older)
+        assert_same(plain(copied.state_dict()), plain(decode(data)))
 
 
 @pytest.fixture(scope="module")

@@ -382,7 +382,7 @@ def lose(monkeypatch: Patch, method: str, number: int, which: int, once: Path) -
         owner, method = ppo_vec.VecEnv, "rollout"
     real = getattr(owner, method)
 
-    def wrapper(self: Any, *args: Any) -> Any:
+    def wrapper(self: Any, *args: Any, **how: Any) -> Any:
         process = self.processes[1] if owner is ppo_vec.VecEnv and self.processes else None
         here = process is not None or (os.getpid() != trainer and getattr(self, "index", 0) == 1)
         if here and next(calls) == which and not once.exists():
@@ -390,7 +390,7 @@ def lose(monkeypatch: Patch, method: str, number: int, which: int, once: Path) -
             os.kill(process.pid if process else os.getpid(), number)
             if process and number == signal.SIGKILL:
                 process.join()
-        return real(self, *args)
+        return real(self, *args, **how)
 
     monkeypatch.setattr(owner, method, wrapper)
 

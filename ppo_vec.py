@@ -697,6 +697,40 @@ def make_optimizers(agent: Agent) -> tuple[FlatAdam, FlatAdam]:
     return FlatAdam(rest, agent, policy_loss), FlatAdam(critic, agent, value_loss)
 
 
+# ---- Discrete actions ------------------------------------------------------------------------------------------------
+
+
+class Categorical(nn.Module):
+    """A choice among action_dim discrete actions. In all arrays an action is a one-hot row."""
+
+    def __init__(self, action_dim: int, args: Args) -> None:
+        super().__init__()
+        self.outputs = action_dim
+
+    def initialize(self, last: nn.Linear) -> None: ...
+
+    def log_prob_entropy(self, out: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The log probability of one-hot `actions` (..., action_dim) and the entropy, (...) each, in nats."""
+        log_probs = out.log_softmax(-1)
+        return (log_probs * actions).sum(-1), -(log_probs * log_probs.exp()).sum(-1)
+
+    def bounds_loss(self, out: Tensor) -> Tensor:
+        return torch.zeros_like(out[..., 0])
+
+    def keep_min_std(self) -> None: ...
+
+    @staticmethod
+    def noise(generator: torch.Generator, *shape: int) -> Tensor:
+        """Gumbel noise: the largest of logits plus noise is a sample (Gumbel 1954)."""
+        return -torch.empty(*shape).exponential_(generator=generator).log()
+
+    @staticmethod
+    def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+        """In NumPy: logits (n, action_dim), noise or None for the likeliest -> one-hot actions (n, action_dim)."""
+        scores = out if noise is None else out + noise
+        return np.eye(scores.shape[-1], dtype=np.float32)[scores.argmax(-1)]
+
+
 # ---- Environments ----------------------------------------------------------------------------------------------------
 
 WALKERS = {"BipedalWalker-v3": False, "BipedalWalkerHardcore-v3": True}  # env id: hardcore
@@ -920,38 +954,6 @@ def step_envs(
 
 # ---- The acting policy -----------------------------------------------------------------------------------------------
 
-
-class Categorical(nn.Module):
-    """A choice among action_dim discrete actions. In all arrays an action is a one-hot row."""
-
-    def __init__(self, action_dim: int, args: Args) -> None:
-        super().__init__()
-        self.outputs = action_dim
-
-    def initialize(self, last: nn.Linear) -> None: ...
-
-    def log_prob_entropy(self, out: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """The log probability of one-hot `actions` (..., action_dim) and the entropy, (...) each, in nats."""
-        log_probs = out.log_softmax(-1)
-        return (log_probs * actions).sum(-1), -(log_probs * log_probs.exp()).sum(-1)
-
-    def bounds_loss(self, out: Tensor) -> Tensor:
-        return torch.zeros_like(out[..., 0])
-
-    def keep_min_std(self) -> None: ...
-
-    @staticmethod
-    def noise(generator: torch.Generator, *shape: int) -> Tensor:
-        """Gumbel noise: the largest of logits plus noise is a sample (Gumbel 1954)."""
-        return -torch.empty(*shape).exponential_(generator=generator).log()
-
-    @staticmethod
-    def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-        """In NumPy: logits (n, action_dim), noise or None for the likeliest -> one-hot actions (n, action_dim)."""
-        scores = out if noise is None else out + noise
-        return np.eye(scores.shape[-1], dtype=np.float32)[scores.argmax(-1)]
-
-
 TILE = 4
 
 
@@ -960,14 +962,13 @@ def clip(x: np.ndarray, low: Any, high: Any) -> np.ndarray:
 
 
 class Policy:
-    """The actor's copy in NumPy, for where the environments are: raw observation in, action out.
+    """The actor's copy in NumPy, made of an agent's state dict: raw observation in, action out.
 
     One row of a float32 matrix product can have other bits in a batch of another size. So rows are computed in tiles
     of fixed shape, and `offset` puts a row into the same place of its tile whatever worker it is in.
     """
 
     def __init__(self, weights: Tensors, activation: str, low: np.ndarray, high: np.ndarray) -> None:
-        """Takes an agent's state dict."""
         obs_dim = weights["actor.0.weight"].shape[1]
         logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
         self.obs_mean = weights["normalizer.mean"][:obs_dim].cpu().numpy()
@@ -1674,7 +1675,7 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
     return box[0]
 
 
-# ---- Both networks at once: in two threads, or on CUDA ---------------------------------------------------------------
+# ---- Fast updates: recordings and CUDA graphs ------------------------------------------------------------------------
 
 
 def means(sums: Tensors) -> dict[str, float]:

@@ -279,9 +279,7 @@ def gae(
     Args: all (T, N); rewards, values and next_values float32, terminated and truncated bool.
     Returns: advantages (T, N).
     """
-    advantages = (
-        rewards + gamma * next_values * ~terminated - values
-    )  # TD errors (deltas); the loop adds the later ones
+    advantages = rewards + gamma * next_values * ~terminated - values  # TD errors (deltas)
     decay = gamma * gae_lambda * ~(terminated | truncated)
     for t in reversed(range(len(rewards) - 1)):
         advantages[t] += decay[t] * advantages[t + 1]
@@ -384,12 +382,9 @@ def descend_both(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Te
 def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
     """A step of Adam for each minibatch, a row of indices into batch.
 
-    Returns "steps", the number of steps taken, and the sum of each metric over them.
+    Returns "steps", the number of steps taken, and the sum of each metric over them. (`recording`: see record.)
     """
-    sums, gradient_of = (
-        torch.zeros((), device=optimizer.flat.device),
-        optimizer.recording or flat_gradient,
-    )  # see `record`
+    sums, gradient_of = torch.zeros((), device=optimizer.flat.device), optimizer.recording or flat_gradient
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
         if args.target_kl is not None and "approx_kl" in metrics:  # no step from a policy that has gone too far (SB3)
@@ -397,9 +392,7 @@ def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = norm = optimizer.take_step(gradient, args.max_grad_norm)
         row = torch.stack([torch.ones_like(norm), *metrics.values()])
         sums = sums + row.masked_fill(optimizer.stopped > 0, 0.0)  # beyond target_kl no step was taken
-        if (
-            optimizer.flat.is_cpu and optimizer.stopped
-        ):  # to ask a GPU would be to wait for it: there Adam skips the rest
+        if optimizer.flat.is_cpu and optimizer.stopped:  # a GPU would have to be waited for; Adam takes no step there
             break
     return dict(zip(("steps", *metrics), sums))
 
@@ -556,10 +549,10 @@ class Options(Args):
     action_cost: float = 0.0  # what training takes off the reward per unit of |action| once the goal is half reached
 
 
-# What beats the defaults, by environment. Found by experiment; benchmarks/results/ has the runs.
 LANDER = {
     "num_steps": 320, "critic_learning_rate": 1e-3, "anneal_share": 1.0, "num_minibatches": 40, "activation": "relu",
 }  # fmt: skip
+# What beats the defaults, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
         "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85, "ent_coef": 0.0025,
@@ -1154,7 +1147,7 @@ class Worker(gym.Env):
     def begin_next(self, i: int, fell: bool) -> None:
         """Begins the next episode of environment i; with --fall-retries, after a fall the same one shortly before it.
 
-        Late in training falls are so rare that there is hardly one in ten rollouts to learn from.
+        Late in training falls are rare, and where one happened there is more to learn than elsewhere.
         """
         again = fell and self.retries[i] < self.args.fall_retries
         past = self.actions[i][:-RETRY_STEPS] if again else []
@@ -1178,7 +1171,7 @@ class Worker(gym.Env):
         names = "episode", "obs", "returns", "retries"
         self.episode, self.obs, self.returns, self.retries = (saved[name].numpy().copy() for name in names)
         self.lengths = np.zeros(len(self.obs), int)
-        self.actions: list[list[np.ndarray]] = [[] for _ in self.obs]  # of the running episodes
+        self.actions: list[list[np.ndarray]] = [[] for _ in self.obs]  # of the running episodes, with --fall-retries
         for i, past in enumerate(saved["actions"]):
             self.envs.append(make_env(self.args))
             self.beat()

@@ -2626,6 +2626,8 @@ def set_up_torch() -> None:
         torch.set_num_threads(1)  # these matrices are too small to share; more threads only wait for each other
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    # In a forked process, torch makes autograd's engine anew at its first use. Two threads at once would crash in it.
+    torch.ones((), requires_grad=True).square()
 
 
 def choose_device(args: Args) -> torch.device:

@@ -6,6 +6,7 @@ broken checkpoints.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import functools
@@ -17,8 +18,10 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,33 @@ class Fork:
         assert code is not None, f"hangs: {self.err.read_text()}"
         assert not left, "a process lived on"
         return code, self.err.read_text()
+
+
+@pytest.mark.timeout(300)
+def test_two_threads_may_begin_in_a_forked_process() -> None:
+    """torch makes autograd's engine anew in a forked process: without set_up_torch, 1 in 20 of these crash in it."""
+    ppo_vec.set_up_torch()
+    weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8)
+    torch.autograd.grad((weight @ weight).sum(), weight)  # this process has an engine
+
+    def begin() -> None:
+        ppo_vec.set_up_torch()
+        barrier = threading.Barrier(2)
+
+        def work(_: int) -> None:
+            barrier.wait()
+            torch.autograd.grad(torch.nn.functional.linear(x, weight).sum(), weight)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(work, range(2)))
+
+    codes = collections.Counter()
+    for _ in range(150):
+        child = multiprocessing.get_context("fork").Process(target=begin)
+        child.start()
+        child.join(60)
+        codes[child.exitcode] += 1
+    assert codes == {0: 150}
 
 
 def checked_checkpoint(run: Path) -> dict[str, Any]:

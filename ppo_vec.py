@@ -1175,15 +1175,10 @@ class Worker(gym.Env):
         for i, past in enumerate(saved["actions"]):
             self.envs.append(make_env(self.args))
             self.beat()
-            obs, returns = self.obs[i].copy(), self.returns[i]
-            if self.episode[i] < 0:
-                self.begin(i, 0)
-            elif not (
-                self.replay(i, [row.numpy() for row in itertools.chain(*past)])
-                and np.array_equal(self.obs[i], obs)
-                and self.returns[i] == returns
-            ):  # not the same here, as on another machine
-                self.data.restarted[self.first + i] = True
+            obs, returns, begun = self.obs[i].copy(), self.returns[i], self.episode[i] >= 0
+            replayed = begun and self.replay(i, [row.numpy() for row in itertools.chain(*past)])
+            if not (replayed and np.array_equal(self.obs[i], obs) and self.returns[i] == returns):
+                self.data.restarted[self.first + i] = begun  # it is not the same here, as on another machine
                 self.retries[i] = 0
                 self.begin(i, self.episode[i] + 1)
 
@@ -1699,10 +1694,10 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
     no second one.
     """
     what = minibatches.shape[1:], fixed_args(args)
-    again, optimizer.recorded = what == optimizer.recorded, what
-    if not again or not optimizer.flat.is_cpu:
-        optimizer.recording = None
-    if not again or not optimizer.flat.is_cpu or optimizer.recording:
+    if what != optimizer.recorded:
+        optimizer.recorded, optimizer.recording = what, None
+        return
+    if optimizer.recording or not optimizer.flat.is_cpu:
         return
     from torch.fx.experimental.proxy_tensor import make_fx  # takes 0.4 s
 

@@ -56,7 +56,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_type_hints
 
-if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # with any other, torch raises on CUDA
+if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # with any other, torch fails on CUDA
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 # To be set before NumPy is imported; a user's own value stays. One thread: the policy's matrices are too small to
 # share. OpenBLAS chooses a kernel by processor, and their results differ in the last bits: take the one of AVX2.
@@ -96,7 +96,7 @@ class Args:
     anneal_share: float = 0.2  # the last share of the training, in which they fall; 1: all of it
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
-    value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: Monte Carlo returns
+    value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: plain returns
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 10  # epochs over each rollout
     clip_coef: float = 0.2  # the clip range of the probability ratio
@@ -226,7 +226,7 @@ class Gaussian(nn.Module):
     def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
         """In NumPy: output (n, outputs), noise or None for the mean -> actions (n, action_dim).
 
-        std is (action_dim,); it is empty where the output has it.
+        std is (action_dim,), or empty with --state-dependent-std: then `out` has mean and log standard deviation.
         """
         if not len(std):
             out, logstd = np.split(out, 2, axis=-1)
@@ -293,7 +293,7 @@ Tensors = dict[str, Tensor]  # by name
 
 
 def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """The clipped loss of one minibatch (arXiv:1707.06347, equation 7) minus the entropy bonus.
+    """Equation 7 of arXiv:1707.06347 for one minibatch, negated; minus the entropy bonus, plus the penalty on means.
 
     Args: mb with normalised obs (B, ...) and actions (B, action_dim); logprobs and normalised advantages (B,).
     Returns: the loss, and metrics without gradient.
@@ -319,7 +319,7 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
 
 
 def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. The factor only affects gradient clipping.
+    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. The factor matters to clipping only.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
     Returns: the loss, and 0.5 x MSE as a metric without gradient.
@@ -336,18 +336,18 @@ def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are normalised once, over the rollout. Normalised in each minibatch (37 details, no. 7), one in which
-    nothing happens would weigh as much as one with a rare, large reward. The observation normaliser changes only at
-    the end: it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
+    Advantages are normalised once, over the rollout. Were each minibatch normalised (37 details, no. 7), a minibatch in
+    which nothing happens would weigh as much as one with a rare, large reward. The observation normaliser changes only
+    at the end: it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
     """
-    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # for policy_loss and value_loss
+    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # of policy_loss and of value_loss
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
     advantages = gae(*steps, args.gamma, args.gae_lambda)
     returns = advantages + rollout.values
     if args.value_lambda is not None:
         returns = gae(*steps, args.gamma, args.value_lambda) + rollout.values
     ours = torch.stack((advantages, returns, returns - rollout.values))
-    all_advantages, all_returns, all_errors = torch.stack(all_ranks(ours), dim=1)  # with torchrun: of all processes
+    all_advantages, all_returns, all_errors = torch.stack(all_ranks(ours), dim=1)  # (processes, T, N) each
     batch = {
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
         "advantages": (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8),
@@ -360,7 +360,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     actor_optimizer.begin(args.learning_rate)
     critic_optimizer.begin(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
-    for sums in state.descend_both(state.optimizers, batch, minibatches, args):  # on CUDA: CudaGraph
+    for sums in state.descend_both(state.optimizers, batch, minibatches, args):  # see below; on CUDA a CudaGraph
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -370,10 +370,10 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 
 def descend_both(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
     """`descend` for actor and critic, which share no weights: at the same time, if this process has two cores."""
-    scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name)) for name in SCALARS}
+    scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name)) for name in SCALARS}  # as `record` needs them
     (actor, critic), args = optimizers, dataclasses.replace(args, **scalars)
     for optimizer in optimizers:
-        record(optimizer, batch, minibatches, args)
+        record(optimizer, batch, minibatches, args)  # on the CPU: sets optimizer.recording, a faster flat_gradient
     with ThreadPoolExecutor(1) as pool:
         critic_sums = pool.submit(descend, critic, batch, minibatches, args)
         return [descend(actor, batch, minibatches, args), critic_sums.result()]
@@ -382,17 +382,17 @@ def descend_both(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Te
 def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
     """A step of Adam for each minibatch, a row of indices into batch.
 
-    Returns "steps", the number of steps taken, and the sum of each metric over them. (`recording`: see record.)
+    Returns "steps", how many were taken, and the sum of each metric over them.
     """
     sums, gradient_of = torch.zeros((), device=optimizer.flat.device), optimizer.recording or flat_gradient
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
-        if args.target_kl is not None and "approx_kl" in metrics:  # no step from a policy that has gone too far (SB3)
+        if args.target_kl is not None and "approx_kl" in metrics:  # before the step, as SB3
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = norm = optimizer.take_step(gradient, args.max_grad_norm)
         row = torch.stack([torch.ones_like(norm), *metrics.values()])
         sums = sums + row.masked_fill(optimizer.stopped > 0, 0.0)  # beyond target_kl no step was taken
-        if optimizer.flat.is_cpu and optimizer.stopped:  # a GPU would have to be waited for; Adam takes no step there
+        if optimizer.flat.is_cpu and optimizer.stopped:  # on a GPU it would cost a wait, and Adam takes no step
             break
     return dict(zip(("steps", *metrics), sums))
 
@@ -414,13 +414,13 @@ class Rollout:
     """
 
     obs: Tensor  # (T + 1, N, obs_dim + extra_dim) raw, float64; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw, float64; the true last observation, in done rows only
+    final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw, float64; the true last observation; valid in done rows only
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
     rewards: Tensor  # (T, N) raw; `collect` replaces them by those that training uses
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    restarted: Tensor  # (N,) bool; a new episode began before row 0, because the old one could not be replayed
-    episodes: list[dict[str, Any]]  # those that ended, in order: global_step, env, return, length and fell of each
+    restarted: Tensor  # (N,) bool; a new episode began before row 0: after a resume or a fault the old one was lost
+    episodes: list[dict[str, Any]]  # those that ended, of all processes: global_step, env, return, length, fell
     # What `collect` adds:
     normalized_obs: Tensor = field(init=False)  # (T + 1, N, obs_dim + extra_dim), for the networks
     logprobs: Tensor = field(init=False)  # (T, N) of the policy that acted
@@ -429,19 +429,19 @@ class Rollout:
 
 
 def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
-    """Divides rewards (T, N) by the standard deviation of all discounted returns so far, and clips them to +-10.
+    """Divides `rewards` (T, N), raw or changed, by the deviation of all discounted returns so far; clips them to +-10.
 
     37 details, continuous control nos. 8 and 9. The rollout's own returns are merged first; then all its rewards are
     divided by the same number. (`training_rewards`, further down, calls this.)
     """
     goes_on = (~(rollout.terminated | rollout.truncated)).numpy()
     carried = state.discounted_return.numpy() * ~rollout.restarted.numpy()
-    returns = rewards.double().numpy()  # discounted sums of past rewards; in NumPy: torch takes six times as long here
-    for t in range(len(returns)):
-        returns[t] += gamma * carried
-        carried = returns[t] * goes_on[t]
+    past = rewards.double().numpy()  # discounted sums of past rewards; in NumPy: torch takes six times as long here
+    for t in range(len(past)):
+        past[t] += gamma * carried
+        carried = past[t] * goes_on[t]
     state.discounted_return = torch.from_numpy(carried)
-    state.return_statistics.update(torch.from_numpy(returns).view(-1, 1))
+    state.return_statistics.update(torch.from_numpy(past).view(-1, 1))
     variance = state.return_statistics.var
     deviation = torch.where(variance > 0, variance, 1.0).sqrt()
     return (rewards / deviation).clamp(-REWARD_CLIP, REWARD_CLIP).float()
@@ -456,7 +456,7 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     1. Actions are stored unclipped. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
-    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim
+    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # all processes': the same in each
     noise = agent.distribution.noise(state.noise_rng, *shape)
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size * world_size()
@@ -475,7 +475,10 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
 
 
 def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None = None, new: bool = True) -> int | None:
-    """Trains a `new` run (with `tree`'s networks, if given) or continues `tree`. Returns the signal that stopped it."""
+    """Trains a `new` run (from the networks of checkpoint `tree`, if there is one), or continues that of `tree`.
+
+    Returns the signal that stopped it, or None.
+    """
     folder = folder.absolute()  # whatever an environment does to the working directory
     set_up_torch()
     state = State(args, task, torch.device("cpu"))
@@ -483,7 +486,7 @@ def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None =
         state.agent.load_state_dict(tree["agent"])
     elif tree:
         state.load_share(tree)
-    envs = VecEnv(args, task, state.envs)
+    envs = VecEnv(args, task, state.envs)  # a snapshot: where the environments are
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
@@ -513,7 +516,7 @@ def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None =
 # ======================================================================================================================
 # You have read PPO. The rest is engineering, and some details of PPO: learning rates fall in `scheduled`, FlatAdam
 # clips the gradient and has Adam's epsilon, Policy.env_action clips actions. First comes what some environments need
-# beside plain PPO: `Options`, TUNED, `scheduled` and `training_rewards`.
+# besides plain PPO: `Options`, TUNED, `scheduled` and `training_rewards`.
 # ======================================================================================================================
 
 # ---- Options, schedules, and the rewards that training uses ----------------------------------------------------------

@@ -370,7 +370,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 
 def descend_both(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
     """`descend` for actor and critic, which share no weights: at the same time, if this process has two cores."""
-    scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name)) for name in SCALARS}  # as `record` needs them
+    scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name) or 0.0) for name in SCALARS}  # for `record`
     (actor, critic), args = optimizers, dataclasses.replace(args, **scalars)
     for optimizer in optimizers:
         record(optimizer, batch, minibatches, args)  # on the CPU: sets optimizer.recording, a faster flat_gradient
@@ -770,8 +770,10 @@ def make_env(args: Options, published: bool = False, render: bool = False) -> An
     """
     kwargs = json.loads(args.env_kwargs)
     if args.env_id in WALKERS and not published:
-        limit = gym.spec(args.env_id).max_episode_steps
-        env: gym.Env = Walker(**{"hardcore": WALKERS[args.env_id], "max_episode_steps": limit, **kwargs})
+        spec: Any = copy.deepcopy(gym.spec(args.env_id))
+        limit: Any = kwargs.pop("max_episode_steps", None) or spec.max_episode_steps  # -1: none, as in gym.make
+        env: gym.Env = Walker(limit if limit > 0 else math.inf, **{"hardcore": WALKERS[args.env_id], **kwargs})
+        env.spec, spec.max_episode_steps = spec, limit if limit > 0 else None
     else:
         kwargs |= {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
@@ -792,17 +794,16 @@ def make_task(args: Options) -> Task:
     theirs.close()
     limit = max(args.worker_timeout, STARTING)
     try:
+        result = UserError(f"--env-id {args.env_id} took over {limit:g} s for its first steps (--worker-timeout)")
         if ours.poll(limit):
             result = ours.recv()
-        else:
-            result = UserError(f"--env-id {args.env_id} took over {limit:g} s for its first steps (--worker-timeout)")
-            process.kill()
+            process.join(CLOSING)
     except EOFError:
         process.join()
         result = UserError(f"--env-id {args.env_id} ended its process, with exit code {process.exitcode}")
-    process.join(CLOSING)
-    process.kill()
-    process.join()
+    finally:  # also after Ctrl-C
+        process.kill()
+        process.join()
     if isinstance(result, UserError):
         raise result
     if result.obs_dim > LARGE:
@@ -812,6 +813,7 @@ def make_task(args: Options) -> Task:
 
 def rehearse(args: Options, pipe: Any) -> None:
     """The process that make_task starts: sends the Task, or a UserError."""
+    end_with_parent(lambda: None)
     try:
         pipe.send(inspect_env(args))
     except UserError as error:
@@ -945,7 +947,7 @@ def step_envs(
     obs, rewards, terminated, truncated, _ = zip(*steps)
     obs = np.stack([np.asarray(o, np.float64).ravel() for o in obs])
     numbers = (rewards, np.float32), (terminated, bool), (truncated, bool)
-    return obs, *(np.array(values, dtype).reshape(len(envs)) for values, dtype in numbers)  # each may have shape (1,)
+    return obs, *(np.array([np.asarray(v, dtype).item() for v in values], dtype) for values, dtype in numbers)
 
 
 # ---- The acting policy -----------------------------------------------------------------------------------------------
@@ -1185,7 +1187,9 @@ class Worker(gym.Env):
                 self.retries[i] = 0
                 self.begin(i, self.episode[i] + 1)
 
-    def play(self, seeds: list, share: range, workers: int, published: bool, more: bool = False) -> list[tuple]:
+    def play(
+        self, seeds: Sequence[int], share: range, workers: int, published: bool, more: bool = False
+    ) -> list[tuple]:
         """This worker's part of a share of evaluation episodes: index into seeds, and what play_batch says of each.
 
         Walkers play side by side, so that their lidars are computed together. Of others one is held at a time: it may
@@ -1236,21 +1240,28 @@ def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *ar
 
     (The handlers do nothing; an ignored signal would be inherited by whatever an environment starts.)
     """
-    trainer, worker = os.getppid(), workers[index]()
+    worker = workers[index]()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     block_signals(False)  # VecEnv.start blocks them
 
-    def watch() -> None:  # a sibling may keep the pipe open that would have told that the trainer has gone
-        while os.getppid() == trainer and multiprocessing.parent_process().is_alive():  # type: ignore[union-attr]
+    end_with_parent(worker.close)
+    with contextlib.suppress(EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
+        _async_worker(index, lambda: worker, *args)
+
+
+def end_with_parent(close: Callable[[], None]) -> None:
+    """Ends this process, after `close`, soon after the one that started it has gone, however that ended."""
+    parent: Any = multiprocessing.parent_process()
+
+    def watch() -> None:  # (of pipes, a sibling may keep the other end open)
+        while os.getppid() == parent.pid and parent.is_alive():
             time.sleep(0.5)
         threading.Timer(CLOSING, os._exit, (1,)).start()
-        worker.close()
+        close()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
-        _async_worker(index, lambda: worker, *args)
 
 
 def block_signals(block: bool) -> None:
@@ -1348,7 +1359,7 @@ class VecEnv(AsyncVectorEnv):
             self.restarts += 1
             shown, faults = fault in faults and "\n" in fault, [*faults, fault]  # the same traceback again
             if shown or len(faults) == MAX_FAULTS:
-                text = fault.splitlines()[-1] if shown else fault
+                text = one_line(ValueError(re.split(r"\n\s[^\n]*(?=\n)", fault)[-1]))  # of a traceback the error itself
                 raise TrainingError(f"gave up after {len(faults)} attempts without progress: {text}")
             say(f"warning: {fault}; starting new workers where the last rollout ended")
 
@@ -1387,7 +1398,7 @@ class VecEnv(AsyncVectorEnv):
             bad += [(t, order, env, name) for t, env, *_ in np.argwhere(~np.isfinite(getattr(data, name)))[:1]]
         if bad:  # the first: what follows from it is not finite either
             t, _, env, name = min(bad)
-            value = getattr(data, name)[t, env]
+            value, env = getattr(data, name)[t, env], env + rank() * self.args.num_envs
             raise TrainingError(f"{name} of environment {env} at step {t} of the rollout are not finite: {value}")
         episodes = list(itertools.chain.from_iterable(itertools.chain(*all_ranks(shares))))
         episodes.sort(key=lambda e: (e["t"], e["env"]))
@@ -1407,7 +1418,7 @@ class VecEnv(AsyncVectorEnv):
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
         return Rollout(**{name: torch.from_numpy(getattr(data, name)) for name in names}, episodes=episodes)
 
-    def play(self, weights: dict, seeds: list[int], published: bool = False, show: bool = False) -> Episodes:
+    def play(self, weights: dict, seeds: Sequence[int], published: bool = False, show: bool = False) -> Episodes:
         """One episode per seed with the deterministic policy, a quota that favours no short ones (SB3 #402).
 
         To `show` a progress bar, it plays in portions. These change no bit: a row keeps its place in its tile.
@@ -1461,7 +1472,7 @@ class Walker(stock.BipedalWalker):
     Python callbacks each: the published bits (tests/test_walker.py) in less than half the time.
     """
 
-    def __init__(self, max_episode_steps: int, **kwargs: Any) -> None:
+    def __init__(self, max_episode_steps: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.max_episode_steps = max_episode_steps
 
@@ -1679,13 +1690,13 @@ def means(sums: Tensors) -> dict[str, float]:
     return metrics
 
 
-SCALARS = "ent_coef", "clip_coef"  # arguments of the losses that may change in each update: tensors there
+# The arguments that may change in each update; for the losses they are tensors.
+SCALARS = "ent_coef", "clip_coef", "learning_rate", "critic_learning_rate", "gamma"
 
 
 def fixed_args(args: Args) -> dict[str, Any]:
     """What is in a recording, or a CUDA graph, of the arguments: where one of these changes, it is made anew."""
-    changing = *SCALARS, "learning_rate", "critic_learning_rate", "gamma"
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in changing}
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in SCALARS}
 
 
 def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> None:
@@ -1725,12 +1736,14 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         # (torch.compile, which is TorchScript's successor, needs a C++ compiler.)
         with warnings.catch_warnings(action="ignore"), torch.no_grad(), contextlib.suppress(RuntimeError):
             recording = torch.jit.trace(recording, inputs, check_trace=False)  # it knows no LayerNorm, for example
-        copies, own_metrics = play(optimizer, batch, minibatches[0], args)
+        other = dataclasses.replace(args, **{name: 1.1 * getattr(args, name) + 0.01 for name in SCALARS})
+        copies, own_metrics = play(optimizer, batch, minibatches[-1], other)
+        inputs = minibatches[-1], *(getattr(other, name) for name in SCALARS), *batch.values()
         for copied, value in zip((copies, *own_metrics.values()), gradient(*inputs), strict=True):
             if not torch.allclose(copied, value, rtol=0, atol=0, equal_nan=True):
-                raise ValueError("it has other values the second time")
+                raise ValueError("with another minibatch it does not have the loss's values")
         optimizer.recording = play
-    except Exception as error:  # an edited loss that asks for a tensor's value, or draws numbers
+    except Exception as error:  # an edited loss that asks for a tensor's value, uses NumPy, or draws numbers
         name = optimizer.loss_of.__name__
         say(f"warning: updates take 1.7 times as long, for {name} cannot be recorded: {one_line(error)}")
         optimizer.recording = flat_gradient  # which is not tried again
@@ -2162,8 +2175,7 @@ def evaluate(envs: VecEnv, state: State, log: Log) -> None:
         if goal is None or state.solved_at_step is not None or summarize(episodes, goal)["mean"] < goal:
             break
     else:  # confirmed only by episodes that had no part in the decision to look
-        if summarize(part, goal)["mean"] >= goal:
-            state.solved_at_step, state.solved_at_s = state.global_step, state.wall_time()
+        state.solved_at_step, state.solved_at_s = state.global_step, state.wall_time()
     row = {"global_step": state.global_step, "time_s": state.wall_time(), **summarize(episodes, goal)}
     state.evaluations.append(row)
     if score(row, goal) > score(state.best["evaluation"], goal):
@@ -2190,7 +2202,8 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     the published environment, chooses nothing.
     """
     args, goal, step = state.args, state.task.goal, state.global_step
-    source = state.average.module if args.swa_share else state.agent
+    mean = bool(args.swa_share and state.average.n_averaged)  # none, if --resume came with fewer --total-timesteps
+    source = state.average.module if mean else state.agent
     last = {"agent": copy.deepcopy(source.state_dict()), "evaluation": {"global_step": step}}
     first = SELECTION_SEEDS + state.selection_episodes
 
@@ -2215,7 +2228,7 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     if state.best is not last:
         test = play_seeds(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True, show=True)
     last_result, result = summarize(last_test, goal), summarize(test, goal)
-    averaged = "the mean of the last weights" if args.swa_share else "the last weights"
+    averaged = "the mean of the last weights" if mean else "the last weights"
     what = averaged if state.best is last else f"an earlier policy, of step {state.best['evaluation']['global_step']}"
     say(f"test on unseen episodes of the published environment: {averaged}: {summary_text(last_result)}")
     say(f"delivered: {what}: {summary_text(result)}")
@@ -2508,7 +2521,7 @@ def plot_learning_curve(state: State, log: Log) -> None:
         axes.axvline(state.solved_at_step, color="C2", lw=1, ls=":", label="solved")
     if state.task.goal is not None:
         axes.axhline(state.task.goal, color="0.4", lw=1, ls="--", label=f"goal {state.task.goal:g}")
-    axes.set(xlabel="environment steps", ylabel="return", title=log.folder.name)
+    axes.set(xlabel="environment steps", ylabel="return", title=log.folder.name.replace("$", r"\$"))
     axes.legend(loc="lower right", fontsize="small")
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
@@ -2647,8 +2660,8 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     with refuse(f"cannot make the folder {target}; --runs-dir names another place"):
         target.mkdir(parents=True)
     workers = args.num_workers or usable_cores()
-    args = dataclasses.replace(args, num_envs=max(args.num_envs, workers), num_workers=workers, num_steps=1)
-    seeds = list(range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes))
+    args = dataclasses.replace(args, num_envs=16 * workers, num_workers=workers, num_steps=1)
+    seeds = range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes)  # no list: a stranger's number may be large
     with closing(VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim))) as envs:
         episodes = envs.play(tree["agent"], seeds, published=True, show=True)
     returns, lengths, fell, efforts = np.array(episodes).T
@@ -2656,16 +2669,16 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     effort = "" if task.discrete else f", effort {efforts.mean():.2f}"
     print(f"{args.env_id}, deterministic: {text}{effort}")
     print(f"highest {returns.max():.1f}, {int(fell.sum())} falls; episodes by return:")
-    counts, edges = np.histogram(returns, bins=10)
-    for count, edge in zip(counts, edges):
-        print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / max(counts))} {count}")
     write_episodes(target, episodes)
+    with contextlib.suppress(ValueError):  # equal returns that are too large for ten bins
+        for count, edge in zip(*np.histogram(returns, bins=10)):
+            print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / len(returns))} {count}")
     if args.capture_video:
         print(f"video: {record_video(args, policy_of(tree), target, TEST_SEEDS)[0]}")
     print(f"episodes: {target / 'evaluation.csv'}")
 
 
-def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> None:
+def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: bool) -> None:
     """Raises UserError for what this machine lacks, or a checkpoint of other sizes, before either costs anything."""
     for name, module in (("track", "wandb"), ("capture_video", "imageio"), ("capture_video", "imageio_ffmpeg")):
         with refuse(f"{flag(name)} needs a package: pip install {module}"):
@@ -2675,7 +2688,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> Non
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         # Bytes of a step: raw observations twice, and three times on their way to the networks; actions, noise and
         # their copies; and the outputs of two hidden layers, for all rows at once.
-        widest = max(*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1)
+        widest = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1))
         row = 40 * (task.obs_dim + task.extra_dim) + 16 * task.action_dim + 8 * widest
         size = args.batch_size * row
         if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -2687,7 +2700,9 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None) -> Non
                 own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args, task.discrete)
             if kind(tree["agent"]) != kind(own.state_dict()):
                 raise ValueError("its networks have other sizes, or another kind of action")
-            if "envs" in tree and len(tree["envs"]["episode"]) % args.num_envs:
+            if (activation := tree["args"]["activation"]) != args.activation:
+                raise ValueError(f"its networks need --activation {activation}")
+            if not new and len(tree["envs"]["episode"]) % args.num_envs:
                 raise ValueError("another number of environments")
 
 
@@ -2772,7 +2787,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         join_ranks(argv)
         args, path, tree = from_rank_0(lambda: parse_args(argv))
         task = make_task(args)
-        check_machine(args, task, tree)
+        check_machine(args, task, tree, new=path is None)
         if tree is not None:
             policy = policy_of(tree)
             if (task.obs_dim, task.action_dim) != (len(policy.obs_mean), len(policy.low)):

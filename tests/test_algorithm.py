@@ -682,7 +682,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def by_autograd(optimizers: Any, batch: Any, minibatches: Tensor, args: Any) -> list[dict[str, Tensor]]:
     """descend_both, one network after the other and never recorded."""
-    now = dataclasses.replace(args, **{k: torch.tensor(getattr(args, k)) for k in ppo_vec.SCALARS})
+    now = dataclasses.replace(args, **{k: torch.tensor(getattr(args, k) or 0.0) for k in ppo_vec.SCALARS})
     return [ppo_vec.descend(optimizer, batch, minibatches, now) for optimizer in optimizers]
 
 
@@ -739,7 +739,28 @@ def draw(loss: Tensor) -> Tensor:
     return loss * torch.rand(())
 
 
-@pytest.mark.parametrize("edit", [ask, draw])
+def rank_rows(loss: Tensor) -> Tensor:
+    return loss * float(np.exp(-loss.detach().numpy()))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "critic_learning_rate", "gamma", "ent_coef", "clip_coef"])
+def test_a_recorded_loss_sees_arguments_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that `scheduled` changes of Args."""
+
+    def edited(agent: Any, mb: Any, args: Any) -> Any:
+        loss, metrics = value_loss(agent, mb, args)
+        return loss, {**metrics, "seen": torch.as_tensor(getattr(args, name)) + 0 * loss.detach()}
+
+    edited.__name__ = "value_loss"
+    monkeypatch.setattr(ppo_vec, "value_loss", edited)
+    state = make_state(make_args(num_minibatches=2))
+    for i in range(4):
+        metrics = update(state, fake_rollout(state, i), dataclasses.replace(state.args, **{name: 0.01 / 2**i}))
+        assert metrics["seen"] == pytest.approx(0.01 / 2**i)
+    assert recorded(state) == [True, True]
+
+
+@pytest.mark.parametrize("edit", [ask, draw, rank_rows])
 def test_a_loss_that_cannot_be_recorded(
     edit: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -754,7 +775,7 @@ def test_a_loss_that_cannot_be_recorded(
     states = pair(make_args())
     for i in range(3):
         rows = [update(state, fake_rollout(states[1], i), state.args) for state in states]
-        if edit is ask:
+        if edit is not draw:
             assert_same(*rows)
     text = capsys.readouterr().err
     warning = "warning: updates take 1.7 times as long, for value_loss cannot be recorded"

@@ -258,6 +258,16 @@ def test_walker_without_a_version_is_the_walker() -> None:
     assert isinstance(ppo_vec.make_env(args), ppo_vec.Walker)
 
 
+@pytest.mark.parametrize(("given", "limit"), [("-1", None), ("null", 1600), ("7", 7)])
+def test_time_limit_of_a_walker(given: str, limit: int | None) -> None:
+    """As in gym.make: -1 is none, null the registered one. Wrappers find it in the environment's spec."""
+    args = ppo_vec.Options(env_kwargs=f'{{"max_episode_steps": {given}}}')
+    assert ppo_vec.make_task(args).max_episode_steps == limit
+    env = ppo_vec.make_env(args)
+    assert (env.max_episode_steps, env.spec.max_episode_steps) == (limit or math.inf, limit)
+    env.close()
+
+
 def test_env_kwargs_of_a_walker() -> None:
     """They reach every form of it."""
     args = ppo_vec.Options(env_kwargs='{"max_episode_steps": 9, "hardcore": true}')
@@ -719,6 +729,20 @@ def test_files_that_others_read(trained: Path) -> None:
     assert min(picture.shape[:2]) > 300
     colours = np.unique((picture[..., :3] * 255).astype(np.uint8).reshape(-1, 3), axis=0)
     assert len(colours) > 20, "an empty picture"
+
+
+def test_a_run_name_is_no_formula(tmp_path: Path) -> None:
+    """matplotlib takes text between dollar signs for mathematics."""
+    assert train(tmp_path / "x$a_$") == 0
+    assert (tmp_path / "x$a_$" / "learning_curve.png").exists()
+
+
+def test_init_from_another_network(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """An activation has no weights: it must be asked for. The number of environments may be another."""
+    assert main("--init-from", tiny_run, *tiny(), "--activation", "relu", "--runs-dir", tmp_path) == 2
+    assert "its networks need --activation tanh" in capsys.readouterr().err
+    more = "--num-envs", "6", "--num-minibatches", "1"
+    assert main("--init-from", tiny_run / "checkpoint.pt", *tiny(), *more, "--runs-dir", tmp_path) == 0
 
 
 def test_shortest_run(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:

@@ -684,10 +684,11 @@ class Contest:
         ppo_vec.evaluate(self.envs, self.state, self.log)
         return self.state.evaluations[-1]
 
-    def finish(self, last: float, average: float = 0.0, step: int = 10**6) -> dict[str, Any]:
+    def finish(self, last: float, average: float = 0.0, step: int = 10**6, averaged: int = 1) -> dict[str, Any]:
         """Returns summary.json."""
         self.become(last)
         self.become(average, self.state.average.module)
+        self.state.average.n_averaged.fill_(averaged)
         self.state.global_step = step
         self.calls.clear()
         ppo_vec.deliver(self.envs, self.state, self.log)
@@ -810,6 +811,13 @@ def test_what_a_run_delivers(tmp_path: Path, swa_share: float, earlier: float, w
     assert [int(row["seed"]) for row in rows] == list(test)
     assert [float(row["return"]) for row in rows] == pytest.approx([delivered * k for k in range(1, 8)], rel=1e-5)
     assert {(row["length"], row["fell"]) for row in rows} == {("7", "False")}
+
+
+def test_without_an_iteration_in_the_last_share_there_is_no_mean(tmp_path: Path) -> None:
+    """As on --resume with fewer --total-timesteps: the mean is still of the first weights, and is not delivered."""
+    contest = Contest(tmp_path, eval_episodes=7, swa_share=0.4)
+    contest.finish(0.4, average=0.8, averaged=0)
+    assert contest.best()[0] == 0.4
 
 
 @pytest.mark.parametrize(("last", "delivered"), [(200.0, 200.0), (199.0, 900.0)])

@@ -93,7 +93,7 @@ class Point(gym.Env):
         if self.kind == "harder":
             reward -= Point.resets
         if "fails" in self.kind and self.t == 7:
-            raise ArithmeticError("the string is broken")
+            raise ArithmeticError("the string is broken" + "\\nin two" * ("fails twice" in self.kind))
         if self.kind == "four":
             return x, reward, done, {}
         if self.kind == "no reward":
@@ -102,6 +102,8 @@ class Point(gym.Env):
             return x, [1.0, 2.0], False, done, {}
         if self.kind == "flat":
             return x.reshape(1, 3), np.array([reward]), np.array([False]), np.array(done), {}
+        if self.kind == "mixed":
+            return x, np.array([reward]) if self.t % 2 else reward, False, done, {}
         if self.kind == "endless":
             return x, reward, False, False, {}
         return (x.tolist() if self.kind == "list" else x), reward, False, done, {}
@@ -183,6 +185,34 @@ def test_environments_are_closed_when_one_fails(tmp_path: Path, capfd: pytest.Ca
     check_closed(tmp_path, 1 + 2 * 4)
 
 
+def test_an_error_of_two_lines(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert ppo_vec.main(flags(tmp_path, "owns fails twice")) == 1
+    assert capfd.readouterr().err.splitlines()[-1].endswith(": ArithmeticError: the string is broken in two")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_environment_is_tried(tmp_path: Path, number: signal.Signals) -> None:
+    """A constructor that takes a minute: its process does not outlive the trainer's, which does not wait for it."""
+    command = [sys.executable, ppo_vec.__file__, *flags(tmp_path, "late")]
+
+    def living() -> list[str]:
+        found = (path.read_text().rsplit(")", 1)[1].split() for path in Path("/proc").glob("[0-9]*/stat"))
+        return [fields[0] for fields in found if int(fields[3]) == process.pid and fields[0] not in "ZX"]
+
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        end = time.monotonic() + 30
+        while len(living()) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(1)  # it has its watch
+        process.send_signal(number)
+        assert process.wait(timeout=10) == (130 if number == signal.SIGINT else -15)
+    end = time.monotonic() + 10
+    while living():
+        assert time.monotonic() < end, "a process lived on"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_environments_are_closed_when_the_run_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
     """In the middle of a rollout of two seconds."""
@@ -242,7 +272,7 @@ def test_all_that_an_environment_draws_at_a_reset_follows_the_seed(tmp_path: Pat
 # ---- What reset and step return --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["flat", "list"])
+@pytest.mark.parametrize("kind", ["flat", "list", "mixed"])
 def test_harmless_returns_are_taken(tmp_path: Path, kind: str) -> None:
     """A flat image of shape (1, 3), rewards and flags of shape (1,), lists: with the result of the plain ones."""
     results = []

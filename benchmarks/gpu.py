@@ -88,7 +88,7 @@ def run_tests() -> str:
 def minibatch(hidden: int, size: int, how: str, limit: float) -> list[float]:
     """Seconds of one minibatch of both networks; `how`: graph, kernels (one by one, on the GPU), or cpu."""
     device = torch.device("cpu" if how == "cpu" else "cuda")
-    args = make_args((hidden, hidden), num_envs=1, num_steps=size, num_minibatches=1)
+    args = pv.scheduled(make_args((hidden, hidden), num_envs=1, num_steps=size, num_minibatches=1), 0)
     state = pv.State(args, TASK, device)
     rows = 2 * size
     batch = {"obs": torch.randn(rows, 26), "actions": 0.5 * torch.randn(rows, 4), "logprobs": torch.full((rows,), -3.0)}

@@ -737,6 +737,29 @@ def test_a_run_name_is_no_formula(tmp_path: Path) -> None:
     assert (tmp_path / "x$a_$" / "learning_curve.png").exists()
 
 
+def test_networks_without_hidden_layers(tmp_path: Path) -> None:
+    assert train(tmp_path / "linear", *tiny(), "--actor-hidden-sizes", "--critic-hidden-sizes") == 0
+
+
+def test_evaluation_with_a_strangers_numbers(
+    tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Its counts cost no memory. Equal returns that are too large for ten bins have no histogram."""
+
+    def play(envs: ppo_vec.VecEnv, weights: Any, seeds: Any, **how: Any) -> list[Any]:
+        assert envs.args.num_envs <= 16 * ppo_vec.usable_cores()
+        assert seeds == range(10**8)
+        return [(1e17, 1, False, 0.0)] * 3
+
+    monkeypatch.setattr(ppo_vec.VecEnv, "play", play)
+    path, tree = tmp_path / "strange.pt", read(tiny_run / "best.pt")
+    tree["args"] |= {"num_envs": 10**8, "eval_episodes": 10**8}
+    path.write_bytes(ppo_vec.encode(tree))
+    assert main("--evaluate", path, "--runs-dir", tmp_path) == 0
+    assert len(next(tmp_path.glob("*/evaluation.csv")).read_text().splitlines()) == 4
+    assert "highest 1" in capsys.readouterr().out
+
+
 def test_init_from_another_network(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
     """An activation has no weights: it must be asked for. The number of environments may be another."""
     assert main("--init-from", tiny_run, *tiny(), "--activation", "relu", "--runs-dir", tmp_path) == 2

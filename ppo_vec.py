@@ -2699,7 +2699,11 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
             with torch.device("meta"):
                 own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args, task.discrete)
             if kind(tree["agent"]) != kind(own.state_dict()):
-                raise ValueError("its networks have other sizes, or another kind of action")
+                whose = {
+                    name: tree["args"].get(name) for name in ("env_id", "actor_hidden_sizes", "critic_hidden_sizes")
+                }
+                words = " ".join(f"{flag(name)} {value}" for name, value in whose.items())
+                raise ValueError(f"its networks have other sizes, or another kind of action; it has {words}")
             if (activation := tree["args"]["activation"]) != args.activation:
                 raise ValueError(f"its networks need --activation {activation}")
             if not new and len(tree["envs"]["episode"]) % args.num_envs:

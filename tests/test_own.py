@@ -103,7 +103,7 @@ class Point(gym.Env):
         if self.kind == "flat":
             return x.reshape(1, 3), np.array([reward]), np.array([False]), np.array(done), {}
         if self.kind == "mixed":
-            return x, np.array([reward]) if self.t % 2 else reward, False, done, {}
+            return x, np.array([reward]) if x[0] > 0 else reward, False, done, {}
         if self.kind == "endless":
             return x, reward, False, False, {}
         return (x.tolist() if self.kind == "list" else x), reward, False, done, {}

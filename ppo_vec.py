@@ -859,12 +859,14 @@ def take_steps(env: Any) -> None:
             raise ValueError(f"{what} is not finite: {one_line(ValueError(array))}")
 
     seed_everything(env, 0)
-    returned = env.reset(seed=0)
+    with refuse("reset()", ValueError):
+        returned = env.reset(seed=0)
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
         raise ValueError(f"reset() returned {type(returned).__name__}, not the pair (observation, info)")
     check("the observation of reset()", returned[0], env.observation_space.shape)
     for _ in range(3):
-        returned = env.step(env.action_space.sample())
+        with refuse("step()", ValueError):
+            returned = env.step(env.action_space.sample())
         if not (isinstance(returned, tuple) and len(returned) == 5):
             words = "(observation, reward, terminated, truncated, info)"
             raise ValueError(f"step() returned {type(returned).__name__} of {len(returned)}, not {words}")
@@ -878,12 +880,13 @@ def take_steps(env: Any) -> None:
 
 def render_frame(env: gym.Env) -> np.ndarray:
     """The picture of now as (height, width, 3) uint8, whatever kind the environment gives. Raises ValueError."""
-    image = env.render()
-    image = np.asarray(image[-1] if isinstance(image, list) and image else image)
+    returned: Any = env.render()
+    image = np.asarray(returned[-1] if isinstance(returned, list) and returned else returned)
     if image.ndim == 2:
         image = image[:, :, None]
     if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or image.dtype.kind not in "uifb":
-        raise ValueError(f"render() gives no picture, but {image.dtype} of the shape {image.shape}")
+        what = f"{image.dtype} of the shape {image.shape}" if image.ndim else repr(returned)
+        raise ValueError(f"render() gives no picture, but {what}")
     if image.dtype.kind in "fb":
         image = image * 255.0
     image = np.clip(image, 0, 255).astype(np.uint8)[:, :, :3]
@@ -2089,7 +2092,8 @@ def read_checkpoint(where: str | Path, policy: bool = False, runs_dir: str = "ru
         except (OSError, ValueError) as error:
             complaints.append(f"{path} {error.strerror if isinstance(error, OSError) else error}")
     hint = "; it holds a policy only: --evaluate it, or begin with it: --init-from" * os.path.isfile(path / "best.pt")
-    raise UserError("; ".join(complaints) or f"there is no checkpoint at {where}{hint}")
+    place = f"in any folder of {runs_dir}" if str(where) == "latest" else f"at {where}"
+    raise UserError("; ".join(complaints) or f"there is no checkpoint {place}{hint}")
 
 
 def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
@@ -2101,7 +2105,7 @@ def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["args"].items()}
         if not policy and (gone := saved.keys() - hints.keys()):
             raise ValueError(f"another version of ppo_vec made it, with other flags ({', '.join(sorted(gone))})")
-        trusted = (saved.keys() & hints.keys()) - UNTRUSTED
+        trusted = (saved.keys() & hints.keys()) - UNTRUSTED - ({"capture_video"} if policy else set())
         args = Options(**{name: typeguard.check_type(saved[name], hints[name]) for name in trusted})
         validate(args)
         return args
@@ -2370,7 +2374,8 @@ class Log:
                 if file.seek(0, os.SEEK_END) == 0:  # new, or lost
                     file.write(header)
         tuned = " ".join(f"{flag(k)} {getattr(self.args, k)}" for k in TUNED.get(self.args.env_id, ()))
-        say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}; {tuned or 'no tuned values'}")
+        tuned = f"with the tuned {tuned}" if tuned else "with no tuned values"
+        say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}, {tuned}")
         if world_size() > 1:
             say(f"{world_size()} processes of {self.args.num_envs} environments each")
         self.bar = progress_bar(self.args.total_timesteps, self.steps_before, "step")
@@ -2538,7 +2543,7 @@ CHOSEN = {
     "runs_dir",
 }  # fmt: skip
 CHANGEABLE = CHOSEN | {"total_timesteps", "track", "cuda", "resume"}
-UNTRUSTED = {"track", "num_workers", "start_method", "capture_video", "runs_dir", "run_name", "resume", "evaluate"}
+UNTRUSTED = {"track", "num_workers", "start_method", "runs_dir", "run_name", "resume", "evaluate"}
 GRACE = 5.0  # seconds that an iteration has to finish after a signal
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what their values must be, in words
     ("num_\\w+|total_timesteps|update_epochs|eval_\\w+", lambda v: v >= 1, "be at least 1"),
@@ -2548,8 +2553,9 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what the
     ("(final_)?gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     ("swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
     ("anneal_share", lambda v: 0 < v <= 1, "lie in (0, 1]"),
-    ("\\w+_(coef|cost|retries)|min_std|seed", lambda v: 0 <= v < math.inf, "be a finite number, not negative"),
+    ("\\w+_(coef|cost|retries)|min_std|seed", lambda v: 0 <= v < math.inf, "be finite and at least 0"),
     ("(final_)?fall_reward", lambda v: -math.inf < v < 0, "be a finite number less than 0"),
+    ("wrappers", lambda v: all(":" in wrapper for wrapper in v), "be module:function"),
     ("run_name", lambda v: Path(v).name == v != "..", "be a plain folder name"),
 )  # fmt: skip
 
@@ -2585,6 +2591,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def code_flags(args: Options) -> str:
+    """What is to be typed again with --resume and --evaluate: a checkpoint alone imports no code."""
+    wrappers = f" --wrappers {shlex.join(args.wrappers)}" if args.wrappers else ""
+    return f" --env-id {shlex.quote(args.env_id)}" * (":" in args.env_id) + wrappers
+
+
 def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any] | None]:
     """tyro twice: for the env id or the run; then with its values as defaults.
 
@@ -2613,10 +2625,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         return args, None, begin
     path, tree = read_checkpoint(where, policy=first.evaluate is not None, runs_dir=first.runs_dir)
     saved = saved_args(tree, policy=first.evaluate is not None)
-    for name, code in (("env_id", ":" in saved.env_id), ("wrappers", bool(saved.wrappers))):
-        if code and getattr(first, name) != getattr(saved, name):
-            words = saved.env_id if name == "env_id" else " ".join(saved.wrappers)
-            raise UserError(f"{where} would import code; if you trust it, add {flag(name)} {words}")
+    if code_flags(saved) not in ("", code_flags(first)):
+        raise UserError(f"{where} would import code; if you trust it, add{code_flags(saved)}")
     args = cli(args=argv, default=saved)
     validate(args)
     mode, changeable = ("evaluated", CHOSEN) if args.resume is None else ("resumed", CHANGEABLE)
@@ -2660,7 +2670,8 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     with refuse(f"cannot make the folder {target}; --runs-dir names another place"):
         target.mkdir(parents=True)
     workers = args.num_workers or usable_cores()
-    args = dataclasses.replace(args, num_envs=16 * workers, num_workers=workers, num_steps=1)
+    portion = (16 if args.env_id in WALKERS else 4) * workers  # as many episodes for each move of the progress bar
+    args = dataclasses.replace(args, num_envs=portion, num_workers=workers, num_steps=1)
     seeds = range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes)  # no list: a stranger's number may be large
     with closing(VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim))) as envs:
         episodes = envs.play(tree["agent"], seeds, published=True, show=True)
@@ -2721,7 +2732,8 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
 
     def end(number: int) -> None:
         if rank() == 0:
-            os.write(2, f"\nstopped by {signal.Signals(number).name}; continue with: --resume {folder}\n".encode())
+            continued = f"--resume {folder}{code_flags(state.args)}"
+            os.write(2, f"\nstopped by {signal.Signals(number).name}; continue with: {continued}\n".encode())
         os._exit(128 + number)  # the workers notice, and close their environments
 
     def handle(number: int, _: Any) -> None:
@@ -2765,7 +2777,7 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         raise UserError(f"cannot write the run folder {folder}: {why}") from error
     with lock:
         if new and any(file.suffix == ".pt" or file.name == "summary.json" for file in folder.iterdir()):
-            raise UserError(f"{folder} already holds a run; --resume {folder} continues it")
+            raise UserError(f"{folder} already holds a run; --resume {folder}{code_flags(args)} continues it")
         logger = logging.getLogger("ppo_vec")
         handler: Any = logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True)  # a refused run has none
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -2808,7 +2820,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with run_folder(args, new=path is None) as (args, folder):
             number = train(args, task, folder, tree, new=path is None)
             if number is not None:
-                say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}")
+                say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}{code_flags(args)}")
         return 128 + number if number is not None else 0
     except (UserError, TrainingError, torch.OutOfMemoryError) as error:
         help = "no memory left on the GPU; fewer --num-envs x --num-steps, or more --num-minibatches, need less"

@@ -93,6 +93,7 @@ def read_run(folder: Path, ignore: tuple[str, ...]) -> Run:
         found = json.loads((folder / name).read_text())
         figures = {k: np.inf if found[k] is None and k.startswith("solved") else float(found[k]) for k in FIGURES}
         summary = {**{k: found[k] for k in ("env_id", "seed", "finished")}, **figures}
+        summary["has_goal"] = found.get("eval_frac_solved", 0.0) is not None  # an old run may not say it
         name = "episodes.csv"
         text = (folder / name).read_text()
         lines = text[: text.rfind("\n") + 1].splitlines()[1:]  # a run that goes on may have written half a line
@@ -146,11 +147,12 @@ def row(runs: list[Run], iqm: bool) -> tuple[Any, ...]:
         value = np.median(column[name])
         return f"{value:.0f}" if np.isfinite(value) else "-"
 
+    has_goal = any(run.summary["has_goal"] for run in runs)
     steps = sorted({f"{step:.0f}" for step in column["global_step"]}, key=int)
     return (
         title(runs), len(runs), " ".join(str(seed) for seed in sorted({run.summary["seed"] for run in runs})),
         " to ".join(dict.fromkeys((steps[0], steps[-1]))), mean("eval_mean"), mean("last_eval_mean"),
-        f"{np.isfinite(column['solved_at_step']).sum()} of {len(runs)}", median("solved_at_step"),
+        f"{np.isfinite(column['solved_at_step']).sum()} of {len(runs)}" if has_goal else "-", median("solved_at_step"),
         median("solved_at_s"), f"{column['sps'].mean():.0f}",
     )  # fmt: skip
 

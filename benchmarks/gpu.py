@@ -192,7 +192,7 @@ def until_solved(process: subprocess.Popen, summary: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; print only")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
+    parser.add_argument("--out", type=Path, help="where the results go; default benchmarks/results, failed: runs/gpu")
     options = parser.parse_args()
     quick, failed = options.quick, []
     cores = pv.usable_cores()
@@ -213,15 +213,17 @@ def main() -> int:
         gc.collect()
         write()  # what there is, should the time run out
 
-    def write() -> str:
+    def write(done: bool = False) -> str:
         about = pv.describe_run(dataclasses.replace(make_args((8,)), cuda=GPU))
         report["about"] = {**about, "date": time.strftime("%Y-%m-%d"), "seconds": time.perf_counter() - STARTED}
         report["goals"], report["failed"] = goals, failed
         page = table(report)
         if not quick:
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "gpu.json").write_text(json.dumps(report, indent=1))
-            (options.out / "gpu.md").write_text(page + "\n")
+            record = ROOT / "benchmarks" / "results" if done and not failed else ROOT / "runs" / "gpu"
+            out = options.out or record
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "gpu.json").write_text(json.dumps(report, indent=1))
+            (out / "gpu.md").write_text(page + "\n")
         return page
 
     workers = [1, 2] if quick else [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= cores]
@@ -287,7 +289,7 @@ def main() -> int:
             if "failed" in report["tests"] or "passed" not in report["tests"]:
                 raise RuntimeError(report["tests"])
 
-    print(write())
+    print(write(done=True))
     if not quick:
         draw(report, options.out / "gpu.png")
     return 1 if failed else 0

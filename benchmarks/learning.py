@@ -1,4 +1,4 @@
-"""Trains a named setting on a list of seeds; every seed counts. Table, JSON and curves go into benchmarks/results/.
+"""Trains a named setting on a list of seeds; every seed counts. Table, JSON and curves go to benchmarks/results/.
 
     python benchmarks/learning.py                                   # the README's command on seeds 0-9
     python benchmarks/learning.py --setting notebook --seeds 0 1 2
@@ -69,8 +69,9 @@ class Options:
     """more flags of ppo_vec.py; an equals sign is needed: '--flags=--action-cost 0'"""
     name: str | None = None
     """name of the results; default the setting's"""
-    out: Path = ROOT / "benchmarks" / "results"
-    """where the results go"""
+    out: Path | None = None
+    """where the results go; default benchmarks/results, but runs/learning if a run has failed, or for fewer seeds
+    than the record there has"""
 
 
 def train(options: Options, name: str, seed: int, cores: Cores) -> Path:
@@ -159,6 +160,15 @@ def commits(folders: list[Path]) -> str:
     )
 
 
+def place(options: Options, name: str, finished: int) -> Path:
+    """The folder of the results. A record is not replaced by one that says less."""
+    if options.out is not None:
+        return options.out
+    results = ROOT / "benchmarks" / "results"
+    before = len(ppo_vec.read_json(results / f"learning-{name}.json").get("runs", ()))
+    return results if max(before, len(options.seeds)) == finished else ROOT / "runs" / "learning"
+
+
 def draw(name: str, folders: list[Path], goal: float | None, path: Path) -> None:
     """Return against steps and against seconds: every seed, the interquartile mean and its bootstrap interval."""
     from matplotlib.figure import Figure
@@ -193,7 +203,6 @@ def main(options: Options) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         folders = list(pool.map(lambda seed: train(options, name, seed, cores), options.seeds))
     rows = [result(folder) for folder in folders]
-    options.out.mkdir(parents=True, exist_ok=True)
     lines = [
         "| seed | last weights: mean (min) | delivered: mean (min, solved) | solved at step | after s | train s "
         "| evaluation steps |",
@@ -233,10 +242,12 @@ def main(options: Options) -> None:
         f"{info['versions']['numpy']}. Deterministic, 100 test episodes on the published environment.\n"
     )
     text = "\n".join([head, *lines]) + "\n"
-    (options.out / f"learning-{name}.md").write_text(text)
+    out = place(options, name, len(finished))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"learning-{name}.md").write_text(text)
     record = {"setting": name, "flags": SETTINGS[options.setting], "info": info, "runs": rows}
-    (options.out / f"learning-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    with open(options.out / f"learning-{name}.csv", "w", newline="") as file:
+    (out / f"learning-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    with open(out / f"learning-{name}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("seed", "global_step", "time_s", "mean"))
         for seed, folder in zip(options.seeds, folders):
@@ -244,8 +255,8 @@ def main(options: Options) -> None:
     drawable = [f for f in folders if len(evaluations(f)[0])]
     if drawable:
         goal = ppo_vec.gym.spec(json.loads((drawable[0] / "summary.json").read_text())["env_id"]).reward_threshold
-        draw(name, drawable, goal, options.out / f"learning-{name}.png")
-    print(text)
+        draw(name, drawable, goal, out / f"learning-{name}.png")
+    print(f"{text}\nThis is {out / f'learning-{name}.md'}")
 
 
 if __name__ == "__main__":

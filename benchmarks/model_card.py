@@ -62,7 +62,7 @@ A policy for `{env_id}`{how}, trained with ppo_vec, PPO in one file. Its actions
 ## Use
 
     hf download {repo} --local-dir {name}
-    python ppo_vec.py --evaluate {name}
+    python ppo_vec.py --evaluate {name}{code}
 
 The second line repeats the test. In Python:
 
@@ -104,6 +104,7 @@ def card(folder: Path, repo: str, obs_dim: int, info: dict[str, Any], result: di
         **{name: info[name] for name in ("git_commit", "cpu", "cores")},
         quoted=json.dumps(env_id),  # a JSON string is a YAML string, whatever is in it
         model=json.dumps(f"PPO-{env_id}"),
+        code=ppo_vec.code_flags(ppo_vec.Options(env_id=env_id, wrappers=tuple(args.get("wrappers", ())))),
         marker=MARKER, how=how, repo=repo, name=repo.split("/")[1], obs_dim=obs_dim, rows="\n".join(rows),
         pictures="\n\n".join("!" * (not link.endswith(".mp4")) + f"[{name}]({link})" for name, link in links),
         commands="\n".join(session["command"] for session in [*info.get("earlier", []), info]),

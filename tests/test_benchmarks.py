@@ -275,6 +275,15 @@ def test_runs_are_made_resumed_and_not_mixed_up(root: Path) -> None:
     rows = (root / "out" / "learning-tiny.csv").read_text().splitlines()
     assert {row.split(",")[0] for row in rows} == {"seed", "3", "4"}
 
+    options = learning.Options("tiny", (3, 4))
+    record = root / "benchmarks" / "results" / "learning-tiny.json"
+    assert learning.place(options, "tiny", 2) == record.parent
+    assert learning.place(options, "tiny", 1) == folders[0].parent  # one has failed
+    record.parent.mkdir(parents=True)
+    record.write_text((root / "out" / "learning-tiny.json").read_text())
+    assert learning.place(options, "tiny", 2) == record.parent
+    assert learning.place(learning.Options("tiny", (3,)), "tiny", 1) == folders[0].parent  # the record has two seeds
+
     before = [fingerprint.fingerprint(folder) for folder in folders]
     assert before[0] != before[1]
     (folders[0] / "checkpoint.pt").unlink()  # a kill between two renames leaves the previous one alone

@@ -209,7 +209,8 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--evaluate " + "a" * 5000, "aaa"), ("--evaluate RUN --eval-episodes 0", "--eval-episodes"),
     ("--evaluate RUN --seed 7", "--seed cannot change when a run is evaluated"),
     ("--evaluate RUN --activation relu", "--activation"), ("--evaluate RUN --run-name x", "--run-name"),
-    ("--evaluate latest", "latest"), ("--resume latest --runs-dir RUN", "latest"),
+    ("--evaluate latest", "in any folder of runs"), ("--resume latest --runs-dir RUN", "in any folder of"),
+    ("--wrappers my_module", "--wrappers must be module:function"),
     ("--runs-dir RUN/.. --run-name tiny", "already holds a run; --resume"),
     ("--runs-dir RUN --run-name args.json", "cannot write"),  # a file: even root cannot
     ("--runs-dir RUN/args.json --run-name x", "cannot write"),
@@ -531,7 +532,10 @@ def peak_memory() -> int:
 
 
 def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    """It asks for no network, no processes, no other folder; and its policy needs no extra package."""
+    """It asks for no network, no processes, no other folder; and its policy needs no extra package.
+
+    A film it does ask for: a run that was begun with --capture-video is resumed with it.
+    """
     monkeypatch.chdir(tmp_path)
     for module in ("wandb", *VIDEO):
         monkeypatch.setitem(sys.modules, module, None)
@@ -544,16 +548,11 @@ def test_what_a_checkpoint_may_not_decide(tiny_run: Path, tmp_path: Path, monkey
         (run / name).write_bytes(changed(tree, args, "args"))
     assert main("--evaluate", run) == 0
     assert "video" not in capsys.readouterr().out
-    assert main("--resume", run, "--total-timesteps", "160") == 0
+    assert_one_line(main("--resume", run), capsys.readouterr(), "--capture-video: it has no render mode")
+    assert main("--resume", run, "--total-timesteps", "160", "--no-capture-video") == 0
     found = json.loads((run / "args.json").read_text())["args"]
-    assert [found[name] for name in wanted] == [
-        False,
-        None,
-        False,
-        str(tmp_path),
-        "run",
-        ppo_vec.Options().start_method,
-    ]
+    decided = False, None, False, str(tmp_path), "run", ppo_vec.Options().start_method
+    assert tuple(found[name] for name in wanted) == decided
     assert read(run / "checkpoint.pt")["global_step"] == 160
     assert {path.name for path in tmp_path.iterdir()} == {"run", "runs"}
     assert [path.name for path in Path("runs").glob("*/*")] == ["evaluation.csv"]
@@ -1202,13 +1201,14 @@ def test_env_kwargs_and_wrappers(tmp_path: Path, monkeypatch: Patch, capsys: Cap
     with monkeypatch.context() as patch:
         patch.setattr(ppo_vec, "should_save", stop_at(50))
         assert train(run, *args) == 143
+    assert f"continue with: --resume {run} {' '.join(typed)}\n" in capsys.readouterr().err
     for given, wanted in (((), typed[:2]), (typed[:2], typed[2:]), (typed[2:], typed[:2])):
         sys.modules.pop("drift", None)
         for mode in ("--resume", "--evaluate"):
             capsys.readouterr()
             assert_one_line(main(mode, run, *given), capsys.readouterr(), "would import code", " ".join(wanted))
             assert "drift" not in sys.modules
-    assert main("--resume", run, *typed, "--capture-video") == 0
+    assert main("--resume", run, *typed) == 0
     found = faults.differences(fingerprint(run), fingerprint(whole))
     assert not found, found
     assert {float(ret) for _, ret, *_ in fingerprint(run)["episodes"]} == {5.0}  # 20 steps, 0.25 each

@@ -308,6 +308,13 @@ def test_harmful_returns_are_named_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_error_of_the_environment_says_where_it_was_raised() -> None:
+    options = ppo_vec.Options(env_id="own_point:Point-v0", env_kwargs='{"kind":"four"}')
+    env = ppo_vec.gym.wrappers.TimeLimit(ppo_vec.make_env(options), 9)  # its own step() takes five values
+    with pytest.raises(ValueError, match=r"^step\(\): not enough values to unpack"):
+        ppo_vec.take_steps(env)
+
+
 def test_an_environment_that_takes_too_long_to_make(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

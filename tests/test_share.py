@@ -242,6 +242,7 @@ def test_what_the_run_has_not_is_left_out(tmp_path: Path) -> None:
     assert model_card.main([str(run)]) == 0
     head, text = read_card(run)
     assert head["model-index"][0]["results"][0]["dataset"]["type"] == 'a: "b"-v0'
+    assert "    python ppo_vec.py --evaluate run --env-id 'a: \"b\"-v0'\n" in text  # it would import code
     assert "solved" not in text
     assert "![" not in text
 

@@ -56,7 +56,8 @@ def runs(tmp_path: Path) -> Path:
             tmp_path / "runs" / f"a-{seed}", {"seed": seed}, eval_mean=means[seed], last_eval_mean=5.0,
             solved_at_step=solved[seed], solved_at_s=seconds[seed], sps=100.0 + 100 * seed,
         )  # fmt: skip
-    make_run(tmp_path / "runs" / "b", {"learning_rate": 1e-4, "new": "x|y"}, finished=False, global_step=150)
+    unfinished = {"finished": False, "global_step": 150, "eval_frac_solved": None}  # without a goal
+    make_run(tmp_path / "runs" / "b", {"learning_rate": 1e-4, "new": "x|y"}, **unfinished)
     (tmp_path / "runs" / "a-0.log").touch()
     return tmp_path / "runs"
 
@@ -68,7 +69,7 @@ def test_compare_prints_the_numbers_of_the_runs(runs: Path, tmp_path: Path, caps
     # Of three runs' means, a resample is the lowest three times with a probability of 1/27, which is more than 2.5 %.
     assert lines[2:4] == [
         "| a-0 and 2 more | 3 | 0 1 2 | 200 | 20.0 (10.0 to 30.0) | 5.0 (5.0 to 5.0) | 2 of 3 | 300 | 3 | 200 |",
-        "| b | 1 | 0 | 150 | 0 of 1 finished | 0 of 1 finished | 0 of 1 | - | - | 100 |",
+        "| b | 1 | 0 | 150 | 0 of 1 finished | 0 of 1 finished | - | - | - | 100 |",
     ]
     assert lines[5:9] == [
         "| argument | a-0 and 2 more | b |", "|---|---|---|",

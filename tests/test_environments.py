@@ -242,48 +242,12 @@ def test_rollouts_equal_published_environments_stepped_by_hand(env_id: str, num_
         assert {e["fell"] for e in episodes} == {True}
 
 
-def test_after_a_fall_the_episode_goes_on_from_shortly_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most --fall-retries times; only its first fall counts as an episode's end. Stepped by hand, as above."""
-    monkeypatch.setattr(ppo_vec, "RETRY_STEPS", 20)
-    args = make_args(env_id=WALKER, num_envs=2, num_workers=2, num_steps=90, fall_retries=2, critic_progress=True)
-    with trainer(args) as (state, envs):
-        data, episodes = steps(state, envs, 10)
-    ends, seen = [], set()
-    for i in range(2):
-        row, episode, retries, past = 0, 0, 0, []
-        while row < 900:
-            env, length, total = gym.make(WALKER), 0, 0.0
-            obs = env.reset(seed=ppo_vec.episode_seed(1, i, episode))[0]
-            for action in past:
-                obs, reward, *_ = env.step(np.clip(action, -1, 1))
-                length, total = length + 1, total + float(np.float32(reward))
-            fell = False
-            while not fell and row < 900:
-                assert_same(data["obs"][row, i], np.array([*obs, length, total], np.float64), f"{i}, {row}")
-                past.append(data["actions"][row, i])
-                obs, reward, fell, *_ = env.step(np.clip(past[-1], -1, 1))
-                length, total = length + 1, total + float(np.float32(reward))
-                assert (data["rewards"][row, i], data["terminated"][row, i]) == (np.float32(reward), fell)
-                row += 1
-            if fell:
-                seen.add(retries)
-                if retries == 0:
-                    ends.append({"env": i, "return": total, "length": length, "fell": True, "global_step": 2 * row})
-                past = past[:-20] if retries < 2 else []
-                episode, retries = (episode, retries + 1) if past else (episode + 1, 0)
-        assert_same(np.concatenate([chunk.numpy() for chunk in state.envs["actions"][i]]), np.array(past))
-        assert (state.envs["episode"][i], state.envs["retries"][i]) == (episode, retries)
-    assert episodes == sorted(ends, key=lambda e: (e["global_step"], e["env"]))
-    assert seen == {0, 1, 2}
-
-
 @pytest.mark.parametrize("env_id", [WALKER, LANDER, PENDULUM])
-def test_new_workers_go_on_where_the_last_rollout_ended(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_workers_go_on_where_the_last_rollout_ended(env_id: str) -> None:
     """To the bit, however many they are and whenever the old ones end."""
-    monkeypatch.setattr(ppo_vec, "RETRY_STEPS", 20)
 
     def run(num_workers: int, *ends: int) -> tuple:
-        args = make_args(env_id=env_id, num_envs=5, num_workers=num_workers, num_steps=60, fall_retries=2)
+        args = make_args(env_id=env_id, num_envs=5, num_workers=num_workers, num_steps=60)
         with trainer(args) as (state, envs):
             data = steps(state, envs, 5, before=lambda k: k in ends and envs.close(terminate=k % 2 == 0))
             return *data, plain(state.envs)
@@ -602,10 +566,6 @@ def test_a_state_survives_its_checkpoint_and_goes_on_to_the_bit() -> None:
                 iterate(resumed, new_envs)
         assert_same(plain(resumed.state_dict()), plain(state.state_dict()))
         assert not torch.equal(resumed.agent.actor[0].weight, copied.agent.actor[0].weight)
-        older = decode(data)  # of a run begun before there were retries
-        del older["envs"]["retries"]
-        copied.load_share(older)
-        assert_same(plain(copied.state_dict()), plain(decode(data)))
 
 
 @pytest.fixture(scope="module")

@@ -379,28 +379,33 @@ def descend_both(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Te
         return [descend(actor, batch, minibatches, args), critic_sums.result()]
 
 
+@torch.no_grad()
+@torch.jit.optimized_execution(False)  # of recordings, see `record`
 def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
     """A step of Adam for each minibatch, a row of indices into batch.
 
     Returns "steps", how many were taken, and the sum of each metric over them.
     """
-    sums, gradient_of = torch.zeros((), device=optimizer.flat.device), optimizer.recording or flat_gradient
+    rows, gradient_of = [], optimizer.recording or flat_gradient
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
         if args.target_kl is not None and "approx_kl" in metrics:  # before the step, as SB3
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
-        metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = norm = optimizer.take_step(gradient, args.max_grad_norm)
-        row = torch.stack([torch.ones_like(norm), *metrics.values()])
-        sums = sums + row.masked_fill(optimizer.stopped > 0, 0.0)  # beyond target_kl no step was taken
-        if optimizer.flat.is_cpu and optimizer.stopped:  # on a GPU it would cost a wait, and Adam takes no step
+        metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = optimizer.take_step(gradient, args.max_grad_norm)
+        rows.append(torch.stack([1 - optimizer.stopped, *metrics.values()]))
+        if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.stopped:  # a GPU would have to wait
             break
+    table = torch.stack(rows)
+    sums = torch.where(table[:, :1] > 0, table, 0.0).sum(0)  # beyond target_kl no step was taken
     return dict(zip(("steps", *metrics), sums))
 
 
 def flat_gradient(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Args) -> tuple[Tensor, Tensors]:
     """The gradient of a minibatch's loss, as one flat tensor, and the loss's metrics."""
-    loss, metrics = optimizer.loss_of(optimizer.agent, {name: rows[mb_inds] for name, rows in batch.items()}, args)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, optimizer.views)]), metrics
+    with torch.enable_grad():
+        loss, metrics = optimizer.loss_of(optimizer.agent, {name: rows[mb_inds] for name, rows in batch.items()}, args)
+        gradients = torch.autograd.grad(loss, optimizer.views)
+    return torch.cat([g.flatten() for g in gradients]), metrics
 
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
@@ -670,13 +675,13 @@ class FlatAdam:
         """A step down the mean of all ranks' gradients, clipped. Returns its norm before it was clipped."""
         gradient = mean_of_ranks(gradient, self.group)
         norm = gradient.norm()
-        gradient = gradient * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         step, exp_avg, exp_avg_sq = self.state.values()
         step += 1 - self.stopped
         torch._fused_adam_(  # what torch.optim.Adam calls, after three times as much Python
             [self.flat], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=self.learning_rate,
             beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0,  # eps: 37 details, no. 3
-            amsgrad=False, maximize=False, grad_scale=None, found_inf=self.stopped,
+            amsgrad=False, maximize=False, found_inf=self.stopped,
+            grad_scale=((norm + 1e-6) / max_grad_norm).clamp(min=1.0),  # by what the gradient is divided
         )  # fmt: skip
         return norm
 
@@ -1677,6 +1682,8 @@ def fixed_args(args: Args) -> dict[str, Any]:
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in SCALARS}
 
 
+@torch.no_grad()  # or TorchScript prepares for a backward pass
+@torch.jit.optimized_execution(False)  # or addmm becomes mm and add, with other bits
 def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> None:
     """On the CPU: makes optimizer.recording of the operations of flat_gradient, which TorchScript plays.
 
@@ -1702,8 +1709,7 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         return [gradient, *metrics.values()]
 
     def play(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Args) -> tuple[Tensor, Tensors]:
-        with torch.no_grad(), torch.jit.optimized_execution(False):  # else addmm becomes mm and add: other bits
-            gradient, *values = recording(mb_inds, *(getattr(args, name) for name in SCALARS), *batch.values())
+        gradient, *values = recording(mb_inds, *(getattr(args, name) for name in SCALARS), *batch.values())
         return gradient, dict(zip(names, values))
 
     inputs = minibatches[0], *(getattr(args, name) for name in SCALARS), *batch.values()
@@ -1712,7 +1718,7 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         recording.graph.eliminate_dead_code()
         recording.recompile()
         # (torch.compile, which is TorchScript's successor, needs a C++ compiler.)
-        with warnings.catch_warnings(action="ignore"), torch.no_grad(), contextlib.suppress(RuntimeError):
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
             recording = torch.jit.trace(recording, inputs, check_trace=False)  # it knows no LayerNorm, for example
         other = dataclasses.replace(args, **{name: 1.1 * getattr(args, name) + 0.01 for name in SCALARS})
         copies, own_metrics = play(optimizer, batch, minibatches[-1], other)

@@ -532,6 +532,17 @@ def test_a_parameter_beside_actor_and_critic_is_trained_or_refused(monkeypatch: 
     assert (state.agent.shift != 0).all()
 
 
+def test_tanh_and_its_gradient_are_those_of_torch() -> None:
+    x = torch.cat((torch.linspace(-9, 9, 1001), torch.tensor([-100.0, -1e-3, 0.0, 1e-3, 100.0])))
+    grads, values = [], []
+    for module in (ppo_vec.Tanh(), torch.nn.Tanh()):
+        leaf = x.clone().requires_grad_()
+        values.append(module(leaf))
+        grads.append(torch.autograd.grad(values[-1].sum(), leaf)[0])
+    torch.testing.assert_close(*values, rtol=0, atol=5e-7)
+    torch.testing.assert_close(*grads, rtol=0, atol=5e-7)
+
+
 def test_actor_and_critic_are_clipped_each_on_its_own() -> None:
     """With one minibatch, Adam's first moments are a tenth of the gradients of its only step."""
     norms, directions = {}, []

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 ppo_vec.py             # train in several processes, on one machine or more
     tensorboard --logdir runs                          # watch
     python ppo_vec.py --resume runs/NAME               # continue an interrupted run, to the bit
-    python ppo_vec.py --evaluate runs/NAME             # 100 test episodes of the policy that a run delivered
+    python ppo_vec.py --evaluate runs/NAME             # 100 test episodes of the run's final policy
     action = ppo_vec.load_policy("runs/NAME")(obs)     # in Python: from raw observations to actions
 
 Order of this file. First the algorithm: Args, Agent, gae, policy_loss, value_loss, update, Rollout, collect, train.
@@ -56,10 +56,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_type_hints
 
-if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # with any other, torch fails on CUDA
+if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # else deterministic torch fails on CUDA
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-# To be set before NumPy is imported; a user's own value stays. One thread: the policy's matrices are too small to
-# share. OpenBLAS chooses a kernel by processor, and their results differ in the last bits: take the one of AVX2.
+# To be set before NumPy is imported; a user's own value stays. One thread: the policy's matrices are too small for
+# more. OpenBLAS has a kernel for each kind of processor, and their results differ in the last bits: take AVX2's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
 with contextlib.suppress(OSError):
     if " avx2 " in Path("/proc/cpuinfo").read_text():
@@ -93,7 +93,7 @@ class Args:
     learning_rate: float = 3e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
     critic_learning_rate: float | None = None  # the critic's own learning rate; None: --learning-rate
     anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero
-    anneal_share: float = 0.2  # the last share of the training, in which they fall; 1: all of it
+    anneal_share: float = 0.2  # they fall over this last share of the training; 1: all of it
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
     value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: plain returns
@@ -102,11 +102,11 @@ class Args:
     clip_coef: float = 0.2  # the clip range of the probability ratio
     clip_vloss: bool = False  # also clip the change of the value, by --clip-coef
     ent_coef: float = 0.0  # the weight of the entropy bonus
-    bounds_loss_coef: float = 0.0  # the weight of the penalty on means beyond the action bounds (rl_games)
+    bounds_loss_coef: float = 0.0  # the weight of the penalty on means beyond the action bounds (as in rl_games)
     max_grad_norm: float = 0.5  # the largest gradient norm, of actor and critic each
     target_kl: float | None = None  # end the actor's update before the minibatch whose approximate KL exceeds this
 
-    initial_std: float = 0.5  # the standard deviation of the first actions, in units of the action bounds
+    initial_std: float = 0.5  # the standard deviation of the first actions, where -1 and 1 are the bounds
     min_std: float = 0.0  # after each update, standard deviations below this are raised to it
     state_dependent_std: bool = False  # let the actor also output the log standard deviation, clamped to [-20, 2]
     actor_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the actor's hidden layers
@@ -124,8 +124,8 @@ class Args:
 
 # ---- Agent -----------------------------------------------------------------------------------------------------------
 
-ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[np.ndarray], np.ndarray]]] = {  # in torch, in NumPy
-    "tanh": (lambda: Tanh(), np.tanh),  # nn.Tanh, but faster: see Fast updates
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {  # in torch, and in NumPy for the workers
+    "tanh": (lambda: Tanh(), np.tanh),  # nn.Tanh, but faster; the class stands far below, so it is named later
     "relu": (nn.ReLU, lambda x: np.maximum(x, 0)),
     "leaky_relu": (nn.LeakyReLU, lambda x: np.maximum(x, np.float32(0.01) * x)),
     "elu": (nn.ELU, lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0)))),
@@ -151,7 +151,7 @@ class Normalizer(nn.Module):
         return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-OBS_CLIP, OBS_CLIP).float()
 
     def update(self, rows: Tensor) -> None:
-        """Merges the mean and variance of `rows` (n, size), and of all other processes' rows (Chan et al. 1979)."""
+        """Merges the mean and variance of `rows` (n, size), with torchrun of all processes' (Chan et al. 1979)."""
         rows, n = rows.double(), len(rows)
         for mean, var in all_ranks(torch.stack((rows.mean(0), rows.var(0, unbiased=False)))):
             total, delta = self.count + n, mean - self.mean
@@ -214,12 +214,13 @@ class Gaussian(nn.Module):
 
     @torch.no_grad()
     def keep_min_std(self) -> None:
+        """--min-std, which excludes --state-dependent-std."""
         if self.min_std:
             self.logstd.clamp_(min=math.log(self.min_std))  # type: ignore[union-attr]
 
     @staticmethod
     def noise(generator: torch.Generator, *shape: int) -> Tensor:
-        """Standard noise (..., action_dim) from which `act` makes a sample. The trainer draws it for all workers."""
+        """Standard noise from which `act` makes a sample. Drawn by the trainer: workers, however many, draw nothing."""
         return torch.randn(*shape, generator=generator)
 
     @staticmethod
@@ -274,7 +275,7 @@ def gae(
 
     An environment is reset in the step that ends its episode. So next_values[t] is values[t + 1], but in a truncated
     row it is the value of the true last observation: a truncated episode is bootstrapped from it. A terminated one is
-    not bootstrapped (termination wins if both are set). At the end of either the sum stops.
+    not bootstrapped (termination wins if both are set). Both end the sum of TD errors.
 
     Args: all (T, N); rewards, values and next_values float32, terminated and truncated bool.
     Returns: advantages (T, N).
@@ -319,7 +320,7 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
 
 
 def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. The factor matters to clipping only.
+    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. It only affects gradient clipping.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
     Returns: the loss, and 0.5 x MSE as a metric without gradient.
@@ -336,18 +337,18 @@ def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are normalised once, over the rollout. Were each minibatch normalised (37 details, no. 7), a minibatch in
+    Advantages are normalised once, over the rollout. If each minibatch were normalised (37 details, no. 7), one in
     which nothing happens would weigh as much as one with a rare, large reward. The observation normaliser changes only
     at the end: it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
     """
-    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # of policy_loss and of value_loss
-    steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
-    advantages = gae(*steps, args.gamma, args.gae_lambda)
+    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # they minimise policy_ and value_loss
+    inputs = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
+    advantages = gae(*inputs, args.gamma, args.gae_lambda)
     returns = advantages + rollout.values
     if args.value_lambda is not None:
-        returns = gae(*steps, args.gamma, args.value_lambda) + rollout.values
-    ours = torch.stack((advantages, returns, returns - rollout.values))
-    all_advantages, all_returns, all_errors = torch.stack(all_ranks(ours), dim=1)  # (processes, T, N) each
+        returns = gae(*inputs, args.gamma, args.value_lambda) + rollout.values
+    local = torch.stack((advantages, returns, returns - rollout.values))
+    all_advantages, all_returns, all_errors = torch.stack(all_ranks(local), dim=1)  # (processes, T, N) each
     batch = {
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
         "advantages": (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8),
@@ -357,10 +358,10 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     inds = [torch.randperm(args.batch_size, generator=state.shuffle_rng) for _ in range(args.update_epochs)]
     minibatches = torch.stack(inds).view(-1, args.minibatch_size).to(state.device)
 
-    actor_optimizer.begin(args.learning_rate)
-    critic_optimizer.begin(args.critic_learning_rate or args.learning_rate)
+    actor_optimizer.begin_update(args.learning_rate)
+    critic_optimizer.begin_update(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
-    for sums in state.descend_both(state.optimizers, batch, minibatches, args):  # see below; on CUDA a CudaGraph
+    for sums in state.descend_both(state.optimizers, batch, minibatches, args):  # see below; with --cuda a CudaGraph
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -370,41 +371,42 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 
 def descend_both(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
     """`descend` for actor and critic, which share no weights: at the same time, if this process has two cores."""
-    scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name) or 0.0) for name in SCALARS}  # for `record`
-    (actor, critic), args = optimizers, dataclasses.replace(args, **scalars)
+    scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name) or 0.0) for name in SCALARS}
+    args = dataclasses.replace(args, **scalars)  # as tensors, so that a recording sees them change
     for optimizer in optimizers:
         record(optimizer, batch, minibatches, args)  # on the CPU: sets optimizer.recording, a faster flat_gradient
+    actor, critic = optimizers
     with ThreadPoolExecutor(1) as pool:
         critic_sums = pool.submit(descend, critic, batch, minibatches, args)
         return [descend(actor, batch, minibatches, args), critic_sums.result()]
 
 
 @torch.no_grad()
-@torch.jit.optimized_execution(False)  # of recordings, see `record`
+@torch.jit.optimized_execution(False)  # else recordings have other bits
 def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
     """A step of Adam for each minibatch, a row of indices into batch.
 
     Returns "steps", how many were taken, and the sum of each metric over them.
     """
-    rows, gradient_of = [], optimizer.recording or flat_gradient
+    gradient_of, rows = optimizer.recording or flat_gradient, []
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
-        if args.target_kl is not None and "approx_kl" in metrics:  # before the step, as SB3
+        if args.target_kl is not None and "approx_kl" in metrics:  # before the step, as in SB3
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = optimizer.take_step(gradient, args.max_grad_norm)
         rows.append(torch.stack([1 - optimizer.stopped, *metrics.values()]))
-        if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.stopped:  # a GPU would have to wait
+        if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.stopped:  # on a GPU, asking means waiting
             break
-    table = torch.stack(rows)
-    sums = torch.where(table[:, :1] > 0, table, 0.0).sum(0)  # beyond target_kl no step was taken
+    table = torch.stack(rows)  # in rows beyond target_kl, where no step was taken, may be NaN
+    sums = torch.where(table[:, :1] > 0, table, 0.0).sum(0)
     return dict(zip(("steps", *metrics), sums))
 
 
 def flat_gradient(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Args) -> tuple[Tensor, Tensors]:
-    """The gradient of a minibatch's loss, as one flat tensor, and the loss's metrics."""
+    """The gradient of optimizer.loss_of, policy_loss or value_loss, as one flat tensor, and the loss's metrics."""
     with torch.enable_grad():
         loss, metrics = optimizer.loss_of(optimizer.agent, {name: rows[mb_inds] for name, rows in batch.items()}, args)
-        gradients = torch.autograd.grad(loss, optimizer.views)
+        gradients = torch.autograd.grad(loss, optimizer.parameters)
     return torch.cat([g.flatten() for g in gradients]), metrics
 
 
@@ -419,12 +421,12 @@ class Rollout:
     """
 
     obs: Tensor  # (T + 1, N, obs_dim + extra_dim) raw, float64; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw, float64; the true last observation; valid in done rows only
+    final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw, float64; an episode's last; only in rows that end one
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
     rewards: Tensor  # (T, N) raw; `collect` replaces them by those that training uses
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    restarted: Tensor  # (N,) bool; a new episode began before row 0: after a resume or a fault the old one was lost
+    restarted: Tensor  # (N,) bool; the episode before row 0 was lost, by a resume or a fault, and a new one began
     episodes: list[dict[str, Any]]  # those that ended, of all processes: global_step, env, return, length, fell
     # What `collect` adds:
     normalized_obs: Tensor = field(init=False)  # (T + 1, N, obs_dim + extra_dim), for the networks
@@ -434,34 +436,34 @@ class Rollout:
 
 
 def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
-    """Divides `rewards` (T, N), raw or changed, by the deviation of all discounted returns so far; clips them to +-10.
+    """Divides `rewards` (T, N) by the standard deviation of all discounted returns so far, and clips them to +-10.
 
-    37 details, continuous control nos. 8 and 9. The rollout's own returns are merged first; then all its rewards are
-    divided by the same number. (`training_rewards`, further down, calls this.)
+    37 details, continuous control nos. 8 and 9. Unlike in CleanRL, the rollout's returns are merged first, and one
+    number divides all its rewards. (`training_rewards`, further down, calls this.)
     """
     goes_on = (~(rollout.terminated | rollout.truncated)).numpy()
     carried = state.discounted_return.numpy() * ~rollout.restarted.numpy()
-    past = rewards.double().numpy()  # discounted sums of past rewards; in NumPy: torch takes six times as long here
-    for t in range(len(past)):
-        past[t] += gamma * carried
-        carried = past[t] * goes_on[t]
+    sums = rewards.double().numpy()  # discounted, of past rewards; in NumPy: torch takes six times as long here
+    for t in range(len(sums)):
+        sums[t] += gamma * carried
+        carried = sums[t] * goes_on[t]
     state.discounted_return = torch.from_numpy(carried)
-    state.return_statistics.update(torch.from_numpy(past).view(-1, 1))
+    state.return_statistics.update(torch.from_numpy(sums).view(-1, 1))
     variance = state.return_statistics.var
-    deviation = torch.where(variance > 0, variance, 1.0).sqrt()
-    return (rewards / deviation).clamp(-REWARD_CLIP, REWARD_CLIP).float()
+    std = torch.where(variance > 0, variance, 1.0).sqrt()  # 0: all returns were equal
+    return (rewards / std).clamp(-REWARD_CLIP, REWARD_CLIP).float()
 
 
 @torch.no_grad()
 def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     """Lets every environment take num_steps steps with the current policy.
 
-    The workers act with a NumPy copy of the actor and with noise drawn here: one message each for a whole rollout. The
+    The workers act with a NumPy copy of the actor and with noise drawn here: one message to each for a rollout. The
     agent itself then computes values and log probabilities of all steps at once, so that the update's first ratios are
     1. Actions are stored unclipped. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
-    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # all processes': the same in each
+    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # each process draws for all
     noise = agent.distribution.noise(state.noise_rng, *shape)
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size * world_size()
@@ -479,25 +481,25 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
 # ---- Train -----------------------------------------------------------------------------------------------------------
 
 
-def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None = None, new: bool = True) -> int | None:
-    """Trains a `new` run (from the networks of checkpoint `tree`, if there is one), or continues that of `tree`.
+def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None, new: bool = True) -> int | None:
+    """Trains a `new` run (that begins with the networks of checkpoint `saved`, if given), or continues the saved one.
 
     Returns the signal that stopped it, or None.
     """
-    folder = folder.absolute()  # whatever an environment does to the working directory
+    folder = folder.absolute()  # an environment may change the working directory
     set_up_torch()
-    state = State(args, task, torch.device("cpu"))
-    if tree and new:
-        state.agent.load_state_dict(tree["agent"])
-    elif tree:
-        state.load_share(tree)
-    envs = VecEnv(args, task, state.envs)  # a snapshot: where the environments are
+    state = State(args, task, torch.device("cpu"))  # on the CPU until the workers are forked
+    if saved and new:
+        state.agent.load_state_dict(saved["agent"])
+    elif saved:
+        state.load_share(saved)
+    envs = VecEnv(args, task, state.envs)  # the last: where the environments are; each rollout changes it
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
         save(state, log)
         while state.global_step < args.total_timesteps and not stopped():
-            log.lap("files")  # and evaluations: not to be counted as a rollout
+            log.lap("files")  # the time since the last lap: files and evaluations
             now = scheduled(args, state.global_step, state.shown)  # the arguments of this iteration
             rollout = collect(envs, state, now)
             log.lap("rollout")
@@ -515,11 +517,11 @@ def train(args: Options, task: Task, folder: Path, tree: dict[str, Any] | None =
             deliver(envs, state, log)
         plot_learning_curve(state, log)
         save(state, log)
-    return None if state.finished else stopped()
+    return None if state.finished else stopped()  # a signal after the end has changed nothing
 
 
 # ======================================================================================================================
-# You have read PPO. The rest is engineering, and some details of PPO: learning rates fall in `scheduled`, FlatAdam
+# You have read PPO. The rest is engineering, and what is left of PPO: learning rates fall in `scheduled`, FlatAdam
 # clips the gradient and has Adam's epsilon, Policy.env_action clips actions. First comes what some environments need
 # besides plain PPO: `Options`, TUNED, `scheduled` and `training_rewards`.
 # ======================================================================================================================
@@ -656,7 +658,7 @@ class FlatAdam:
 
     def __init__(self, parameters: list[nn.Parameter], agent: Agent, loss_of: Callable[..., Any]) -> None:
         self.agent, self.loss_of = agent, loss_of
-        self.flat, self.views = nn.utils.parameters_to_vector(parameters).detach(), parameters
+        self.flat, self.parameters = nn.utils.parameters_to_vector(parameters).detach(), parameters
         nn.utils.vector_to_parameters(self.flat, parameters)  # sets each p.data to its view
         zero, zeros = torch.zeros((), device=self.flat.device), torch.zeros_like(self.flat)
         self.state = {"step": zero, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
@@ -666,8 +668,7 @@ class FlatAdam:
         self.recording: Callable[..., tuple[Tensor, Tensors]] | None = None  # these two: record
         self.recorded: Any = None
 
-    def begin(self, learning_rate: float) -> None:
-        """Begins an update."""
+    def begin_update(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
         self.stopped.zero_()
 
@@ -681,7 +682,7 @@ class FlatAdam:
             [self.flat], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=self.learning_rate,
             beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0,  # eps: 37 details, no. 3
             amsgrad=False, maximize=False, found_inf=self.stopped,
-            grad_scale=((norm + 1e-6) / max_grad_norm).clamp(min=1.0),  # by what the gradient is divided
+            grad_scale=((norm + 1e-6) / max_grad_norm).clamp(min=1.0),  # divides the gradient, in place
         )  # fmt: skip
         return norm
 
@@ -911,8 +912,8 @@ def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
 
 
 def one_line(error: Exception) -> str:
-    hint = "; is its folder in PYTHONPATH?" * isinstance(error, ModuleNotFoundError)
-    return (" ".join(str(error).split())[:200] or type(error).__name__) + hint
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{text.rstrip('.')}; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else text
 
 
 @contextlib.contextmanager
@@ -1155,13 +1156,11 @@ class Worker(gym.Env):
             self.envs.append(make_env(self.args))
             self.beat()
             obs, returns, begun = self.obs[i].copy(), self.returns[i], self.episode[i] >= 0
+            ended = not begun
             if begun:
                 self.begin(i, self.episode[i])
-            ended = not begun
-            for action in itertools.chain(*past):
-                _, terminated, truncated = self.step(slice(i, i + 1), action.numpy()[None])
-                if ended := terminated[0] or truncated[0]:
-                    break
+                steps = (self.step(slice(i, i + 1), action.numpy()[None]) for action in itertools.chain(*past))
+                ended = any(terminated[0] or truncated[0] for _, terminated, truncated in steps)
             if ended or not (np.array_equal(self.obs[i], obs) and self.returns[i] == returns):
                 self.data.restarted[self.first + i] = begun  # it is not the same here, as on another machine
                 self.begin(i, self.episode[i] + 1)
@@ -1338,7 +1337,7 @@ class VecEnv(AsyncVectorEnv):
             if shown or len(faults) == MAX_FAULTS:
                 text = one_line(ValueError(re.split(r"\n\s[^\n]*(?=\n)", fault)[-1]))  # of a traceback the error itself
                 raise TrainingError(f"gave up after {len(faults)} attempts without progress: {text}")
-            say(f"warning: {fault}; starting new workers where the last rollout ended")
+            say(f"warning: {fault}; starting new workers where the last rollout ended", any_rank=True)
 
     def wait(self) -> list[Any]:
         """All workers' results. Raises TrainingError if one failed, or takes no step for --worker-timeout."""
@@ -1382,9 +1381,8 @@ class VecEnv(AsyncVectorEnv):
         for episode in episodes:
             episode["global_step"] = global_step + (episode.pop("t") + 1) * self.args.num_envs * world_size()
         done = data.terminated | data.truncated
-        begun = np.where(
-            done.any(0), len(done) - done[::-1].argmax(0), 0
-        )  # the row in which the running episode begins
+        # The row in which each running episode begins: after the last that ended one.
+        begun = np.where(done.any(0), len(done) - done[::-1].argmax(0), 0)
         for i, chunks in enumerate(self.snapshot["actions"]):
             if begun[i] or data.restarted[i]:
                 chunks.clear()
@@ -1657,7 +1655,7 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
 
 
 class Tanh(nn.Module):
-    """nn.Tanh. On AMD processors MKL's own takes nine times as long as this sigmoid (an update 1.2 times)."""
+    """nn.Tanh, to 5e-7. Torch takes MKL's on the CPU, which on AMD processors is four times as slow as this one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.tanh() if x.is_cuda else 2 * torch.sigmoid(2 * x) - 1
@@ -2268,11 +2266,13 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tupl
 # ---- The run folder: checkpoints, summary, logs, picture -------------------------------------------------------------
 
 
-def say(message: str) -> None:
-    """One line on stderr, above a progress bar if there is one, and in the run's log.txt; of rank 0 only."""
+def say(message: str, any_rank: bool = False) -> None:
+    """One line on stderr, above a progress bar if there is one, and in log.txt; mostly of rank 0 only."""
     from tqdm import tqdm
 
     if rank():
+        if any_rank:
+            print(f"rank {rank()}: {message}", file=sys.stderr)
         return
     with contextlib.suppress(OSError):  # a folder in the place of log.txt
         logging.getLogger("ppo_vec").info(message)
@@ -2320,7 +2320,7 @@ def write_results(envs: VecEnv, state: State, folder: Path, best: dict[str, Any]
         **{f"eval_{k}": best[k] for k in ("episodes", "mean", "std", "min", "frac_solved")},
         **{f"last_eval_{k}": last[k] for k in ("mean", "std", "min")},
         "solved_at_step": state.solved_at_step, "solved_at_s": state.solved_at_s,
-        "worker_restarts": envs.restarts, "finished": state.finished,
+        "worker_restarts": sum(all_ranks(envs.restarts)), "finished": state.finished,
     }  # fmt: skip
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
 
@@ -2577,6 +2577,10 @@ def code_flags(args: Options) -> str:
     return f" --env-id {shlex.quote(args.env_id)}" * (":" in args.env_id) + wrappers
 
 
+def resume_flags(args: Options, folder: Path) -> str:
+    return f"--resume {shlex.quote(str(folder))}{code_flags(args)}"
+
+
 def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any] | None]:
     """tyro twice: for the env id or the run; then with its values as defaults.
 
@@ -2605,7 +2609,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         return args, None, begin
     path, tree = read_checkpoint(where, policy=first.evaluate is not None, runs_dir=first.runs_dir)
     saved = saved_args(tree, policy=first.evaluate is not None)
-    if code_flags(saved) not in ("", code_flags(first)):
+    if (":" in saved.env_id and first.env_id != saved.env_id) or (saved.wrappers and first.wrappers != saved.wrappers):
         raise UserError(f"{where} would import code; if you trust it, add{code_flags(saved)}")
     args = cli(args=argv, default=saved)
     validate(args)
@@ -2712,8 +2716,8 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
 
     def end(number: int) -> None:
         if rank() == 0:
-            continued = f"--resume {folder}{code_flags(state.args)}"
-            os.write(2, f"\nstopped by {signal.Signals(number).name}; continue with: {continued}\n".encode())
+            how = f"continue with: {resume_flags(state.args, folder)}"
+            os.write(2, f"\nstopped by {signal.Signals(number).name}; {how}\n".encode())
         os._exit(128 + number)  # the workers notice, and close their environments
 
     def handle(number: int, _: Any) -> None:
@@ -2757,7 +2761,7 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         raise UserError(f"cannot write the run folder {folder}: {why}") from error
     with lock:
         if new and any(file.suffix == ".pt" or file.name == "summary.json" for file in folder.iterdir()):
-            raise UserError(f"{folder} already holds a run; --resume {folder}{code_flags(args)} continues it")
+            raise UserError(f"{folder} already holds a run; {resume_flags(args, folder)} continues it")
         logger = logging.getLogger("ppo_vec")
         handler: Any = logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True)  # a refused run has none
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -2800,7 +2804,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with run_folder(args, new=path is None) as (args, folder):
             number = train(args, task, folder, tree, new=path is None)
             if number is not None:
-                say(f"stopped by {signal.Signals(number).name}; continue with: --resume {folder}{code_flags(args)}")
+                say(f"stopped by {signal.Signals(number).name}; continue with: {resume_flags(args, folder)}")
         return 128 + number if number is not None else 0
     except (UserError, TrainingError, torch.OutOfMemoryError) as error:
         help = "no memory left on the GPU; fewer --num-envs x --num-steps, or more --num-minibatches, need less"

@@ -53,9 +53,10 @@ class Network(nn.Module):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
+        activation = nn.Tanh if policy.activation == "tanh" else ppo_vec.ACTIVATIONS[policy.activation][0]
         layers: list[nn.Module] = []
         for weight, bias in policy.layers:
-            layers += [nn.Linear(*weight.shape), ppo_vec.ACTIVATIONS[policy.activation][0]()]
+            layers += [nn.Linear(*weight.shape), activation()]
             layers[-2].load_state_dict({"weight": torch.from_numpy(weight.T), "bias": torch.from_numpy(bias)})
         self.actor = nn.Sequential(*layers[:-1])
         self.discrete = policy.distribution is ppo_vec.Categorical

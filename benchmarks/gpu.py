@@ -213,18 +213,16 @@ def main() -> int:
         gc.collect()
         write()  # what there is, should the time run out
 
-    def write(done: bool = False) -> str:
+    def write(done: bool = False) -> Path:
         about = pv.describe_run(dataclasses.replace(make_args((8,)), cuda=GPU))
         report["about"] = {**about, "date": time.strftime("%Y-%m-%d"), "seconds": time.perf_counter() - STARTED}
         report["goals"], report["failed"] = goals, failed
-        page = table(report)
+        out = options.out or (ROOT / "benchmarks" / "results" if done and not failed else ROOT / "runs" / "gpu")
         if not quick:
-            record = ROOT / "benchmarks" / "results" if done and not failed else ROOT / "runs" / "gpu"
-            out = options.out or record
             out.mkdir(parents=True, exist_ok=True)
             (out / "gpu.json").write_text(json.dumps(report, indent=1))
-            (out / "gpu.md").write_text(page + "\n")
-        return page
+            (out / "gpu.md").write_text(table(report) + "\n")
+        return out
 
     workers = [1, 2] if quick else [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= cores]
     with part("stepping"), contextlib.ExitStack() as stack:
@@ -289,9 +287,10 @@ def main() -> int:
             if "failed" in report["tests"] or "passed" not in report["tests"]:
                 raise RuntimeError(report["tests"])
 
-    print(write(done=True))
+    out = write(done=True)
+    print(table(report))
     if not quick:
-        draw(report, options.out / "gpu.png")
+        draw(report, out / "gpu.png")
     return 1 if failed else 0
 
 

@@ -50,10 +50,8 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "no-action-cost": "--num-envs 16 --action-cost 0",
     "natural-price": "--num-envs 16 --fall-reward None --final-fall-reward None",
     "no-critic-progress": "--num-envs 16 --no-critic-progress",
-    "no-bounds-loss": "--num-envs 16 --bounds-loss-coef 0",
     "std-1": "--num-envs 16 --initial-std 1",
     "gamma-0.98": "--num-envs 16 --final-gamma 0.98",
-    "no-entropy-bonus": "--num-envs 16 --ent-coef 0",
 }
 
 
@@ -84,7 +82,8 @@ def train(options: Options, name: str, seed: int, cores: Cores) -> Path:
         command = [sys.executable, str(script), "--run-dir", str(folder), "--seed", str(seed)]
         command += shlex.split(options.flags)
     elif holds_run(folder):
-        command += ["--resume", str(folder)]
+        saved = ppo_vec.saved_args(ppo_vec.read_checkpoint(str(folder))[1])
+        command += ["--resume", str(folder), *shlex.split(ppo_vec.code_flags(saved))]
     else:
         command += [*shlex.split(SETTINGS[options.setting]), *shlex.split(options.flags), "--seed", str(seed)]
         command += ["--runs-dir", str(runs), "--run-name", folder.name]
@@ -112,7 +111,7 @@ def refuse_another_run(options: Options, folder: Path, seed: int) -> None:
     )
     try:
         found = ppo_vec.saved_args(ppo_vec.read_checkpoint(str(folder))[1])
-        same = "cuda", "worker_timeout", *ppo_vec.UNTRUSTED  # change no result, or are not saved
+        same = "cuda", "worker_timeout", "capture_video", *ppo_vec.UNTRUSTED  # change no result, or are not saved
         found = dataclasses.replace(found, **{name: getattr(wanted, name) for name in same})
     except ppo_vec.UserError:
         found = None

@@ -54,7 +54,7 @@ def sb3(agent: pv.Agent, args: pv.Options, kind: str) -> tuple[Any, Callable[[],
         normalize_advantage=True, ent_coef=0.0, vf_coef=VALUE_WEIGHT, max_grad_norm=args.max_grad_norm, device="cpu",
         seed=0, policy_kwargs={
             "net_arch": {"pi": list(args.actor_hidden_sizes), "vf": list(args.critic_hidden_sizes)},
-            "activation_fn": {"tanh": torch.nn.Tanh}[args.activation],  # not our faster one
+            "activation_fn": {"tanh": torch.nn.Tanh}[args.activation],  # as its users have
         },
     )  # fmt: skip
     policy, ours = model.policy, agent.normalizer
@@ -80,7 +80,8 @@ def skrl(agent: pv.Agent, args: pv.Options, kind: type[gym.vector.VectorEnv]) ->
         def __init__(self, hidden: tuple[int, ...], outputs: int) -> None:
             Model.__init__(self, **spaces)
             super().__init__()  # of the mixin
-            self.net = pv.mlp((agent.obs_dim, *hidden, outputs), args.activation, last_gain=1.0)
+            net = pv.mlp((agent.obs_dim, *hidden, outputs), args.activation, last_gain=1.0)
+            self.net = nn.Sequential(*(nn.Tanh() if isinstance(m, pv.Tanh) else m for m in net))  # as its users have
             self.logstd = nn.Parameter(agent.distribution.logstd.data.clone()) if outputs > 1 else None
 
         def compute(self, inputs: dict, role: str) -> tuple[torch.Tensor, dict]:

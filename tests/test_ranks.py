@@ -229,6 +229,29 @@ def test_a_killed_rank_ends_the_other(tmp_path: Path, two: Path, who: int) -> No
     assert torch.equal(resumed["envs"]["obs"], checkpoint(two)["envs"]["obs"])
 
 
+DYING_WORKER = """
+import os, pathlib, sys, ppo_vec
+rollout, dead = ppo_vec.Worker.rollout, pathlib.Path("DEAD")
+def dying(self):
+    if ppo_vec.rank() == 1 and not dead.exists():
+        dead.touch()
+        os._exit(7)
+    return rollout(self)
+ppo_vec.Worker.rollout = dying
+sys.exit(ppo_vec.main())
+"""
+
+
+def test_a_dead_worker_of_rank_1_is_replaced_named_and_counted(tmp_path: Path, two: Path) -> None:
+    flags = f"{TINY} --num-envs 2 --runs-dir {tmp_path} --run-name run --start-method fork"
+    ends = finish(start(2, flags, code=DYING_WORKER.replace("DEAD", str(tmp_path / "dead"))))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "rank 1: warning: worker 0 ended with exit code 7; starting new workers" in ends[1][1]
+    assert "exit code 7" not in ends[0][1]
+    assert ppo_vec.read_json(tmp_path / "run" / "summary.json")["worker_restarts"] == 1
+    assert torch.equal(vector(checkpoint(tmp_path / "run")["agent"]), vector(checkpoint(two)["agent"]))
+
+
 def test_a_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
     ends = stop(tmp_path, 1, "SIGTERM")
     assert [code for code, _ in ends] == [143, 143], ends

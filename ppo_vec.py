@@ -93,7 +93,7 @@ class Args:
     learning_rate: float = 3e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
     critic_learning_rate: float | None = None  # the critic's own learning rate; None: --learning-rate
     anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero
-    anneal_share: float = 0.2  # they fall over this last share of the training; 1: all of it
+    anneal_share: float = 0.2  # the rates fall over this last share of the training; 1: all of it
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
     value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: plain returns

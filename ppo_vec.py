@@ -102,6 +102,7 @@ class Args:
     clip_coef: float = 0.2  # the clip range of the probability ratio
     clip_vloss: bool = False  # also clip the change of the value, by --clip-coef
     ent_coef: float = 0.0  # the weight of the entropy bonus
+    bounds_loss_coef: float = 0.0  # the weight of the penalty on means beyond the action bounds (as in rl_games)
     max_grad_norm: float = 0.5  # the largest gradient norm, of actor and critic each
     target_kl: float | None = None  # end the actor's update before the minibatch whose approximate KL exceeds this
 
@@ -204,6 +205,13 @@ class Gaussian(nn.Module):
         log_prob = -0.5 * z.square().sum(-1) - log_norm
         return log_prob, (log_norm + 0.5 * actions.shape[-1]).expand_as(log_prob)
 
+    def bounds_loss(self, out: Tensor) -> Tensor:
+        """The squared excess of the mean beyond the action bounds, (...).
+
+        All actions beyond a bound have the same effect, so the reward has no gradient that brings a mean back.
+        """
+        return (self.mean_logstd(out)[0].abs() - 1).clamp(min=0).square().sum(-1)
+
     @torch.no_grad()
     def keep_min_std(self) -> None:
         """--min-std, which excludes --state-dependent-std."""
@@ -286,7 +294,7 @@ Tensors = dict[str, Tensor]  # by name
 
 
 def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """Equation 7 of arXiv:1707.06347 for one minibatch, negated, minus the entropy bonus.
+    """Equation 7 of arXiv:1707.06347 for one minibatch, negated; minus the entropy bonus, plus the penalty on means.
 
     Args: mb with normalised obs (B, ...) and actions (B, action_dim); logprobs and normalised advantages (B,).
     Returns: the loss, and metrics without gradient.
@@ -299,6 +307,8 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
     pg_loss = -torch.minimum(mb["advantages"] * ratio, mb["advantages"] * clipped).mean()
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss
+    if args.bounds_loss_coef:
+        loss = loss + args.bounds_loss_coef * agent.distribution.bounds_loss(out).mean()
     with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
         return loss, {
             "policy_loss": pg_loss.detach(),
@@ -562,7 +572,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "LunarLander-v3": {**LANDER, "ent_coef": 0.01},
     "BipedalWalkerHardcore-v3": {
         "total_timesteps": 10_000_000, "num_envs": 64, "learning_rate": 2e-4, "anneal_share": 1.0,
-        "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01,
+        "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2,
         "min_std": 0.25, "critic_progress": True,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
@@ -704,6 +714,9 @@ class Categorical(nn.Module):
         """The log probability of one-hot `actions` (..., action_dim) and the entropy, (...) each, in nats."""
         log_probs = out.log_softmax(-1)
         return (log_probs * actions).sum(-1), -(log_probs * log_probs.exp()).sum(-1)
+
+    def bounds_loss(self, out: Tensor) -> Tensor:
+        return torch.zeros_like(out[..., 0])
 
     def keep_min_std(self) -> None: ...
 

@@ -399,6 +399,7 @@ def test_a_categorical_is_torchs(seed: int, n: int, rows: int) -> None:
         torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-6, atol=1e-9)
         grads = (torch.autograd.grad(each.sum(), out, retain_graph=True)[0] for each in (found, expected))
         torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7)
+    assert ours.bounds_loss(out).tolist() == [0.0] * rows
 
 
 def test_gumbel_noise_samples_the_softmax() -> None:
@@ -427,6 +428,7 @@ def reference_losses(agent: Agent, mb: dict[str, Tensor], args: Options) -> list
     ratio, advantages = logratio.exp(), mb["advantages"].numpy()
     surrogates = [torch.min(r * a, r.clamp(1 - clip, 1 + clip) * a) for r, a in zip(ratio, advantages.tolist())]
     entropy = distribution.entropy().sum(-1)
+    excess = sum(max(abs(m) - 1, 0.0 * m) ** 2 for m in mean.flatten()) / len(mean)
     loss = -sum(surrogates) / len(mean)
     value = agent.critic(mb["obs"])[:, 0]
     errors = (value - mb["returns"]) ** 2
@@ -437,15 +439,15 @@ def reference_losses(agent: Agent, mb: dict[str, Tensor], args: Options) -> list
         "policy_loss": loss, "entropy": entropy.mean(), "old_approx_kl": -logratio.mean(),
         "approx_kl": (ratio - 1 - logratio).mean(), "clipfrac": ((ratio - 1).abs() > clip).float().mean(),
     }  # fmt: skip
-    total = loss - args.ent_coef * entropy.mean()
+    total = loss - args.ent_coef * entropy.mean() + args.bounds_loss_coef * excess
     return [(total, policy_metrics), (errors.mean() / 4, {"value_loss": errors.mean() / 2})]
 
 
-@given(any_seed, *[st.booleans()] * 4)
+@given(any_seed, *[st.booleans()] * 5)
 def test_losses_and_gradients_equal_a_plain_reference(
-    seed: int, clip_vloss: bool, bonus: bool, state_dependent_std: bool, extra: bool
+    seed: int, clip_vloss: bool, bounds: bool, bonus: bool, state_dependent_std: bool, extra: bool
 ) -> None:
-    coefficients = {"clip_vloss": clip_vloss, "ent_coef": 0.1 * bonus}
+    coefficients = {"clip_vloss": clip_vloss, "ent_coef": 0.1 * bonus, "bounds_loss_coef": 0.2 * bounds}
     args = make_args(**coefficients, state_dependent_std=state_dependent_std, critic_progress=extra)
     agent = copy.deepcopy(make_state(args, seed=seed % 1000).agent).double()
     rng = torch.Generator().manual_seed(seed)
@@ -683,7 +685,7 @@ def test_a_failing_network_is_told_when_the_other_has_ended(
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "state_dependent_std": {"state_dependent_std": True}, "clip_vloss": {"clip_vloss": True},
-    "relu": {"activation": "relu"}, "elu": {"activation": "elu"},
+    "bounds_loss": {"bounds_loss_coef": 0.5}, "relu": {"activation": "relu"}, "elu": {"activation": "elu"},
     "target_kl": {"target_kl": 0.02, "learning_rate": 3e-3}, "one": {"num_minibatches": 1}, "discrete": {},
     "wide": {"actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256)},  # more than one block of a product
 }  # fmt: skip

@@ -159,7 +159,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
             ("num-envs num-workers num-steps num-minibatches update-epochs total-timesteps eval-episodes", "0 -1"),
             ("learning-rate critic-learning-rate clip-coef max-grad-norm target-kl initial-std", "0 -1 nan inf"),
             ("gamma final-gamma gae-lambda value-lambda", "-0.1 1.1 nan"),
-            ("ent-coef action-cost min-std", "-1 nan inf"),
+            ("ent-coef bounds-loss-coef action-cost min-std", "-1 nan inf"),
             ("worker-timeout", "0 -1 nan inf"),
             ("swa-share", "-0.1 1 nan"), ("anneal-share", "0 1.1 nan"),
             ("actor-hidden-sizes critic-hidden-sizes", "0 -1"),

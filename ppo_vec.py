@@ -564,9 +564,9 @@ LANDER = {
 # What beats the defaults, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85, "fall_reward": -1.0,
-        "final_fall_reward": -20.0, "action_cost": 0.2, "critic_progress": True, "swa_share": 0.4,
-        "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
+        "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85, "ent_coef": 0.0025,
+        "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.2,
+        "critic_progress": True, "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {**LANDER, "ent_coef": 0.001, "state_dependent_std": True},
     "LunarLander-v3": {**LANDER, "ent_coef": 0.01},

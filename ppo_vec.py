@@ -1685,10 +1685,9 @@ def fixed_args(args: Args) -> dict[str, Any]:
 def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> None:
     """On the CPU: makes optimizer.recording of the operations of flat_gradient, which TorchScript plays.
 
-    They give the same bits in 0.6 of the time (networks of 128-128; see benchmarks/results/against.md): without
-    autograd, and without Python, whose lock the two threads share. Whatever is no tensor stays as it was when it was
-    recorded. Where a field of Args changes, it is recorded anew, but not in the first update with it: often there is
-    no second one.
+    They give the same bits in half of the time (networks of 128-128; 0.9 with 256-256): without autograd, and without
+    Python, whose lock the two threads share. Whatever is no tensor stays as it was when it was recorded. Where a field
+    of Args changes, it is recorded anew, but not in the first update with it: often there is no second one.
     """
     what = minibatches.shape[1:], fixed_args(args)
     if what != optimizer.recorded:
@@ -1727,7 +1726,7 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         optimizer.recording = play
     except Exception as error:  # an edited loss that asks for a tensor's value, uses NumPy, or draws numbers
         name = optimizer.loss_of.__name__
-        say(f"warning: updates take 1.7 times as long, for {name} cannot be recorded: {one_line(error)}")
+        say(f"warning: updates take twice as long, for {name} cannot be recorded: {one_line(error)}")
         optimizer.recording = flat_gradient  # which is not tried again
 
 

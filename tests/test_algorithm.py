@@ -789,7 +789,7 @@ def test_a_loss_that_cannot_be_recorded(
         if edit is not draw:
             assert_same(*rows)
     text = capsys.readouterr().err
-    warning = "warning: updates take 1.7 times as long, for value_loss cannot be recorded"
+    warning = "warning: updates take twice as long, for value_loss cannot be recorded"
     assert text.count(warning) == text.count("\n") == 1
 
 

@@ -2266,7 +2266,7 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tupl
 
 
 def say(message: str, any_rank: bool = False) -> None:
-    """One line on stderr, above a progress bar if there is one, and in log.txt; mostly of rank 0 only."""
+    """One line on stderr, above a progress bar if there is one, and in log.txt; of rank 0 only, unless `any_rank`."""
     from tqdm import tqdm
 
     if rank():

@@ -347,38 +347,41 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     returns = advantages + rollout.values
     if args.value_lambda is not None:
         returns = gae(*inputs, args.gamma, args.value_lambda) + rollout.values
-    local = torch.stack((advantages, returns, returns - rollout.values))
-    all_advantages, all_returns, all_errors = torch.stack(all_ranks(local), dim=1)  # (processes, T, N) each
     batch = {
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
-        "advantages": (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8),
-        "returns": returns, "values": rollout.values,
+        "advantages": advantages, "returns": returns, "values": rollout.values,
     }  # fmt: skip
-    batch = {name: rows.flatten(0, 1).to(state.device) for name, rows in batch.items()}
-    inds = [torch.randperm(args.batch_size, generator=state.shuffle_rng) for _ in range(args.update_epochs)]
-    minibatches = torch.stack(inds).view(-1, args.minibatch_size).to(state.device)
+    # (T, N, ...) each. Flattened to rows, with torchrun those of all processes.
+    batch = {name: torch.cat(all_ranks(each), dim=1).flatten(0, 1).to(state.device) for name, each in batch.items()}
+    advantages, returns, errors = batch["advantages"], batch["returns"], batch["returns"] - batch["values"]
+    batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    inds = [torch.randperm(len(returns), generator=state.shuffle_rng) for _ in range(args.update_epochs)]
+    minibatches = torch.stack(inds).view(args.update_epochs * args.num_minibatches, -1).to(state.device)
 
     actor_optimizer.begin_update(args.learning_rate)
     critic_optimizer.begin_update(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
-    for sums in state.descend_both(state.optimizers, batch, minibatches, args):  # see below; with --cuda a CudaGraph
+    for sums in share(
+        state.descend_all, state.optimizers, batch, minibatches, args
+    ):  # the next function, by all processes
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
-    explained = float(1 - all_errors.var() / all_returns.var()) if all_returns.var() > 0 else 0.0
+    explained = float(1 - errors.var() / returns.var()) if returns.var() > 0 else 0.0
     return {**metrics, "explained_variance": explained}
 
 
-def descend_both(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
-    """`descend` for actor and critic, which share no weights: at the same time, if this process has two cores."""
+def descend_all(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
+    """`descend` for actor and critic, which share no weights, at the same time. With --cuda a CudaGraph does it."""
     scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name) or 0.0) for name in SCALARS}
     args = dataclasses.replace(args, **scalars)  # as tensors, so that a recording sees them change
     for optimizer in optimizers:
         record(optimizer, batch, minibatches, args)  # on the CPU: sets optimizer.recording, a faster flat_gradient
-    actor, critic = optimizers
-    with ThreadPoolExecutor(1) as pool:
-        critic_sums = pool.submit(descend, critic, batch, minibatches, args)
-        return [descend(actor, batch, minibatches, args), critic_sums.result()]
+    first, *others = optimizers
+    # In a new thread MKL takes all cores, until torch has looked how many it may have: products take twice the time.
+    with ThreadPoolExecutor(1, initializer=torch.get_num_threads) as pool:
+        sums = [pool.submit(descend, other, batch, minibatches, args) for other in others]
+        return [descend(first, batch, minibatches, args), *(each.result() for each in sums)]
 
 
 @torch.no_grad()
@@ -656,7 +659,7 @@ class FlatAdam:
     So the agent must be on its device already: what replaces a parameter's data later would no longer be trained.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], agent: Agent, loss_of: Callable[..., Any]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], agent: Agent, loss_of: Callable[..., Any], ranks: range) -> None:
         self.agent, self.loss_of = agent, loss_of
         self.flat, self.parameters = nn.utils.parameters_to_vector(parameters).detach(), parameters
         nn.utils.vector_to_parameters(self.flat, parameters)  # sets each p.data to its view
@@ -664,7 +667,7 @@ class FlatAdam:
         self.state = {"step": zero, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
         self.stopped = zero.clone()  # while it is 1, Adam takes no step (torch's found_inf)
         self.learning_rate: Any = 0.0
-        self.group = dist.new_group() if world_size() > 1 else None  # each network's messages are its own
+        self.group = dist.new_group(list(ranks)) if len(ranks) > 1 else None  # of the processes that train it together
         self.recording: Callable[..., tuple[Tensor, Tensors]] | None = None  # these two: record
         self.recorded: Any = None
 
@@ -673,8 +676,8 @@ class FlatAdam:
         self.stopped.zero_()
 
     def take_step(self, gradient: Tensor, max_grad_norm: float) -> Tensor:
-        """A step down the mean of all ranks' gradients, clipped. Returns its norm before it was clipped."""
-        gradient = mean_of_ranks(gradient, self.group)
+        """A step down the mean of the group's gradients, clipped. Returns its norm before it was clipped."""
+        gradient = mean_of_group(gradient, self.group)
         norm = gradient.norm()
         step, exp_avg, exp_avg_sq = self.state.values()
         step += 1 - self.stopped
@@ -687,15 +690,15 @@ class FlatAdam:
         return norm
 
     def stop_beyond(self, target_kl: Any, kl: Tensor) -> None:
-        """No more steps in this update where `kl`, the mean of all ranks, exceeds the target."""
-        self.stopped.masked_fill_(mean_of_ranks(kl, self.group) > target_kl, 1.0)
+        """No more steps in this update where `kl`, the mean of the group, exceeds the target."""
+        self.stopped.masked_fill_(mean_of_group(kl, self.group) > target_kl, 1.0)
 
 
 def make_optimizers(agent: Agent) -> tuple[FlatAdam, FlatAdam]:
     """One for the actor, that is all parameters but the critic's, and one for the critic."""
     critic = list(agent.critic.parameters())
     rest = [p for p in agent.parameters() if all(p is not other for other in critic)]
-    return FlatAdam(rest, agent, policy_loss), FlatAdam(critic, agent, value_loss)
+    return FlatAdam(rest, agent, policy_loss, trainers(0)), FlatAdam(critic, agent, value_loss, trainers(1))
 
 
 # ---- Discrete actions ------------------------------------------------------------------------------------------------
@@ -1609,12 +1612,41 @@ def all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def mean_of_ranks(vector: Tensor, group: Any = None) -> Tensor:
-    if world_size() > 1:
+def mean_of_group(vector: Tensor, group: Any) -> Tensor:
+    """In place. A group of one process is None."""
+    if group is not None:
         with refuse(RANK_ENDED, TrainingError):
             dist.all_reduce(vector, group=group)
-        vector /= world_size()
+        vector /= dist.get_world_size(group)
     return vector
+
+
+def trainers(network: int) -> range:
+    """The ranks that train the actor (network 0): the even ones; or the critic (1): the odd ones."""
+    return range(network, world_size(), 2)
+
+
+def share(descend_all: Callable[..., list[Tensors]], optimizers: Sequence[FlatAdam], *data: Any) -> list[Tensors]:
+    """What descend_all(optimizers, batch, minibatches, args) returns, computed by all processes.
+
+    With two, one trains the actor, the other the critic, and they send nothing between two minibatches. With more,
+    those of one network divide the rows of each minibatch, and take a step down the mean of their gradients.
+    """
+    batch, minibatches, args = data
+    if world_size() == 1:
+        return descend_all(optimizers, batch, minibatches, args)
+    network = rank() % 2
+    group = trainers(network)
+    size = minibatches.shape[1] // len(group)  # what cannot be divided is left out; of an even number nothing
+    mine = minibatches[:, group.index(rank()) * size :][:, :size]
+    (sums,) = descend_all([optimizers[network]], batch, mine, args)
+    parts = all_ranks({name: value.cpu() for name, value in sums.items()})
+    with refuse(RANK_ENDED, TrainingError):
+        for source, optimizer in enumerate(optimizers):
+            for tensor in (optimizer.flat, *optimizer.state.values()):
+                dist.broadcast(tensor, source)
+    groups = [[parts[i] for i in trainers(network)] for network in (0, 1)]
+    return [{name: sum(part[name] for part in group) / len(group) for name in group[0]} for group in groups]
 
 
 def join_ranks(argv: Sequence[str]) -> None:
@@ -1663,7 +1695,7 @@ class Tanh(nn.Module):
 
 def means(sums: Tensors) -> dict[str, float]:
     """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
-    steps, *values = mean_of_ranks(torch.stack(list(sums.values()))).tolist()
+    steps, *values = torch.stack(list(sums.values())).tolist()
     metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
     for name, value in metrics.items():
         if not math.isfinite(value):
@@ -1731,7 +1763,7 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
 
 
 class CudaGraph:
-    """`descend_both` on CUDA: the kernels of a minibatch are recorded once, and replayed for every other.
+    """`descend_all` on CUDA: the kernels of a minibatch are recorded once, and replayed for every other.
 
     Python takes about twenty times as long to start its many small kernels as the GPU to run them: see
     benchmarks/results/gpu.md. The first update runs without a graph, so that CUDA's libraries are ready when it is
@@ -1743,7 +1775,7 @@ class CudaGraph:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.batch: Tensors = {}
         # (Never tried with several processes: no machine with two GPUs was at hand.)
-        self.side, self.works = torch.cuda.Stream(), world_size() == 1
+        self.side, self.works = torch.cuda.Stream(), world_size() <= 2
         self.fixed: dict[str, Any] | None = None
 
     def __call__(
@@ -1752,7 +1784,7 @@ class CudaGraph:
         if not self.batch:
             self.batch = {name: tensor.clone() for name, tensor in batch.items()}
             self.minibatch = minibatches[:1].clone()
-            self.scalars = torch.zeros(2 + len(SCALARS), device=minibatches.device)
+            self.scalars = torch.zeros(len(optimizers) + len(SCALARS), device=minibatches.device)
         fixed = fixed_args(args)
         self.graph, self.fixed = self.graph if fixed == self.fixed else None, fixed
         for name, tensor in batch.items():
@@ -1761,9 +1793,9 @@ class CudaGraph:
         self.scalars.copy_(torch.tensor([*rates, *(getattr(args, name) for name in SCALARS)]))
         for optimizer, rate in zip(optimizers, self.scalars):
             optimizer.learning_rate = rate
-        args = dataclasses.replace(args, **dict(zip(SCALARS, self.scalars[2:])))
+        args = dataclasses.replace(args, **dict(zip(SCALARS, self.scalars[len(optimizers) :])))
         self.step = functools.partial(self.one_minibatch, optimizers, args)
-        totals: list[Any] = [0, 0]
+        totals: list[Any] = [0] * len(optimizers)
         for minibatch in minibatches:
             self.minibatch.copy_(minibatch)
             if self.graph is None:
@@ -1776,15 +1808,18 @@ class CudaGraph:
         return [dict(zip(names, total)) for names, total in zip(self.names, totals)]
 
     def one_minibatch(self, optimizers: Sequence[FlatAdam], args: Args) -> None:
-        """Both networks side by side, each on a CUDA stream."""
-        (actor, critic), main = optimizers, torch.cuda.current_stream()
-        self.side.wait_stream(main)
-        with torch.cuda.stream(self.side):
-            critic_sums = descend(critic, self.batch, self.minibatch, args)
-        actor_sums = descend(actor, self.batch, self.minibatch, args)
-        main.wait_stream(self.side)
-        self.names = [list(sums) for sums in (actor_sums, critic_sums)]
-        self.sums = [torch.stack(list(sums.values())) for sums in (actor_sums, critic_sums)]
+        """Both networks side by side, each on a CUDA stream; or one of them, see `share`."""
+        (first, *others), main = optimizers, torch.cuda.current_stream()
+        all_sums = []
+        for other in others:
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                all_sums.append(descend(other, self.batch, self.minibatch, args))
+        all_sums.insert(0, descend(first, self.batch, self.minibatch, args))
+        if others:
+            main.wait_stream(self.side)
+        self.names = [list(sums) for sums in all_sums]
+        self.sums = [torch.stack(list(sums.values())) for sums in all_sums]
 
     def record(self) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -1804,7 +1839,7 @@ class CudaGraph:
         few = self.minibatch[:, :rows].cpu().expand(4, -1)
         for _ in range(3):  # the first warms up, the second is recorded
             began = time.perf_counter()
-            descend_both(optimizers, batch, few, args)
+            share(descend_all, optimizers, batch, few, args)
             seconds = time.perf_counter() - began
         return seconds / 4 * args.batch_size * args.update_epochs / rows
 
@@ -1822,7 +1857,7 @@ PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedD
 class State:
     """Everything that must survive: a checkpoint holds every attribute that is not in UNSAVED."""
 
-    UNSAVED = "args", "task", "device", "descend_both", "started", "saved_at", "save_cost"
+    UNSAVED = "args", "task", "device", "descend_all", "started", "saved_at", "save_cost"
 
     def __init__(self, args: Options, task: Task, device: torch.device) -> None:
         # One seed, four streams that never overlap; `seed + i` would make neighbouring runs share environments
@@ -1833,7 +1868,7 @@ class State:
         self.agent = Agent(task.obs_dim, task.extra_dim, task.action_dim, args, task.discrete).to(device)
         self.average = AveragedModel(self.agent, use_buffers=True)  # average_weights
         self.optimizers = make_optimizers(self.agent)
-        self.descend_both = CudaGraph() if device.type == "cuda" else descend_both
+        self.descend_all = CudaGraph() if device.type == "cuda" else descend_all
         check_copy(self.agent, task, args)
         self.return_statistics = Normalizer(1)  # scale_rewards
         self.discounted_return = torch.zeros(args.num_envs, dtype=torch.float64)
@@ -2437,9 +2472,9 @@ class Log:
             values["charts/fall_rate"] = float(np.mean([e["fell"] for e in rollout.episodes]))
         self.scalars(state.global_step, values)
         self.flush()
-        if isinstance(state.descend_both, CudaGraph) and state.global_step == self.steps_before + 3 * size:
-            where = f"on the GPU, {'as a CUDA graph' if state.descend_both.graph else 'without a CUDA graph'}"
-            cpu_s = state.descend_both.cpu_seconds(state.agent, now)
+        if isinstance(state.descend_all, CudaGraph) and state.global_step == self.steps_before + 3 * size:
+            where = f"on the GPU, {'as a CUDA graph' if state.descend_all.graph else 'without a CUDA graph'}"
+            cpu_s = state.descend_all.cpu_seconds(state.agent, now)
             took = f"a rollout takes {rollout_s:.3f} s, an update {update_s:.3f} s"
             say(f"{took} {where}; on the CPU about {cpu_s:.3f} s")
             if cpu_s < update_s:

@@ -99,7 +99,7 @@ def minibatch(hidden: int, size: int, how: str, limit: float) -> list[float]:
 
     def descend(count: int) -> None:
         some = torch.stack([torch.randperm(rows)[:size] for _ in range(count)]).to(device)
-        run = state.descend_both if how == "graph" else one_by_one if how == "kernels" else pv.descend_both
+        run = state.descend_all if how == "graph" else one_by_one if how == "kernels" else pv.descend_all
         for optimizer in state.optimizers:
             optimizer.learning_rate = 1e-6
         times.append(seconds(lambda: run(state.optimizers, batch, some, args), 1)[0] / count)
@@ -109,7 +109,7 @@ def minibatch(hidden: int, size: int, how: str, limit: float) -> list[float]:
         one_by_one.works = False
     times: list[float] = []
     descend(1)  # warms up, and records the graph
-    if how == "graph" and state.descend_both.graph is None:
+    if how == "graph" and state.descend_all.graph is None:
         raise RuntimeError("no CUDA graph")
     if how == "cpu" and times[-1] > limit:
         return times

@@ -6,7 +6,11 @@
 The model of an iteration of N environments x T steps a process, with W workers and R processes of one machine each:
 
     rollout = T * (step + physics * N / W) + message * W + serial
-    update  = minibatches * (minibatch + row * rows + 2 * (R > 1) * (latency + byte * bytes of the gradient))
+    update  = minibatches * (minibatch + row * rows)                                        of one process
+            = minibatches * (alone + alone_row * 2 * rows + (R > 2) * (latency + byte * gradient)) + exchange
+
+With R > 1 half of the processes train the actor, the others the critic: each has one network, and twice its own rows.
+Before and after an update they exchange the rollouts and the weights.
 
 The measured constants are those of this machine. The forecast for 16 cores with a GPU takes the GPU's time of a
 minibatch from benchmarks/results/gpu.json, and stands beside what was measured there. Run it on a quiet machine.
@@ -126,17 +130,17 @@ def message_seconds(workers: int, repeats: int) -> float:
         return timed(lambda: vec.call("close", weights), repeats)
 
 
-def minibatch_seconds(rows: int, repeats: int) -> float:
-    """One step of both networks on so many rows, in two threads as in training."""
+def minibatch_seconds(rows: int, repeats: int, networks: int = 2) -> float:
+    """One step on so many rows: of both networks, in two threads as in training, or of the actor alone."""
     state, _ = start(make_args(1, steps=rows))
     batch = {"obs": torch.randn(rows, 26), "actions": 0.5 * torch.randn(rows, 4), "logprobs": torch.full((rows,), -3.0)}
     batch |= {name: torch.randn(rows) for name in ("advantages", "returns", "values")}
     some = torch.stack([torch.randperm(rows) for _ in range(20)])
     for optimizer in state.optimizers:
         optimizer.learning_rate = 1e-8
-    args = make_args(1, steps=rows)
-    pv.descend_both(state.optimizers, batch, some, args)  # the next one records
-    return timed(lambda: pv.descend_both(state.optimizers, batch, some, args), repeats) / len(some)
+    args, some_networks = make_args(1, steps=rows), state.optimizers[:networks]
+    pv.descend_all(some_networks, batch, some, args)  # the next one records
+    return timed(lambda: pv.descend_all(some_networks, batch, some, args), repeats) / len(some)
 
 
 def iteration(args: pv.Options, repeats: int) -> dict[str, float]:
@@ -193,7 +197,8 @@ def run_job(job: str) -> None:
         found: Any = iteration(make_args(envs), repeats)
     else:
         sizes = (1, 1_000, 10_000, 100_000, 1_000_000)
-        found = {4 * n: timed(lambda: pv.mean_of_ranks(torch.ones(n), None), 20 * repeats) for n in sizes}  # noqa: B023
+        world = torch.distributed.group.WORLD
+        found = {4 * n: timed(lambda: pv.mean_of_group(torch.ones(n), world), 20 * repeats) for n in sizes}  # noqa: B023
     print(json.dumps(found))
     if pv.world_size() > 1:
         torch.distributed.destroy_process_group()
@@ -212,6 +217,8 @@ class Model:
     serial: float  # a rollout, what the trainer does alone, for each row
     minibatch: float  # both networks
     row: float  # and for each row
+    alone: float  # a minibatch of the actor, which takes longer than the critic
+    alone_row: float  # and for each row
     latency: float  # an all-reduce
     byte: float  # and for each byte
 
@@ -219,9 +226,16 @@ class Model:
         largest = -(-envs // workers)
         return steps * (self.step + self.physics * largest) + self.message * workers + self.serial * envs * steps
 
-    def update(self, rows: int, ranks: int, gradient_bytes: int = 82_000) -> float:
-        reduce = 2 * (ranks > 1) * (self.latency + self.byte * gradient_bytes)
-        return EPOCHS * MINIBATCHES * (self.minibatch + self.row * rows / MINIBATCHES + reduce)
+    def update(self, rows: int, ranks: int = 1, network_bytes: int = 82_000) -> float:
+        if ranks == 1:
+            return EPOCHS * MINIBATCHES * (self.minibatch + self.row * rows / MINIBATCHES)
+        descent = EPOCHS * MINIBATCHES * (self.alone + self.alone_row * 2 * rows / MINIBATCHES)
+        return descent + self.messages(rows, ranks, network_bytes)
+
+    def messages(self, rows: int, ranks: int, network_bytes: int) -> float:
+        """The mean gradients; and once an update 136 bytes of each row, and both networks with Adam's moments."""
+        reduce = EPOCHS * MINIBATCHES * (ranks > 2) * (self.latency + self.byte * network_bytes)
+        return reduce + 15 * self.latency + self.byte * (136 * rows * ranks + 6 * network_bytes)
 
     def rate(self, envs: int, steps: int, workers: int, ranks: int = 1) -> float:
         spent = self.rollout(envs, steps, workers) + self.update(envs * steps, ranks)
@@ -247,12 +261,13 @@ def main() -> int:
     message = messages[cores] / cores
     rows = {n: minibatch_seconds(n, repeats) for n in ((64, 256) if quick else (64, 128, 256, 512, 1024))}
     minibatch, row = line(rows)
+    alone, alone_row = line({n: minibatch_seconds(n, repeats, networks=1) for n in rows})
     reduces = {int(size): seconds for size, seconds in in_ranks(2, f"reduce,0,{repeats}").items()}
     latency, byte = line(reduces)
     counts = [(8, 1), (16, cores), (32, cores), (64, cores)] if not quick else [(4, 1)]
     found = {(n, w): iteration(make_args(n, num_workers=w), repeats) for n, w in counts}
     serial = statistics.median(times["serial"] / (n * 128) for (n, _), times in found.items())
-    model = Model(step, physics, message, serial, minibatch, row, latency, byte)
+    model = Model(step, physics, message, serial, minibatch, row, alone, alone_row, latency, byte)
 
     about = pv.describe_run(make_args(1))
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -268,6 +283,8 @@ def main() -> int:
         f"| a rollout's serial part in the trainer, for each row | {serial * 1e6:.2f} us |",
         f"| a minibatch of both networks (128-128, two threads) | {minibatch * 1e3:.2f} ms |",
         f"| and for each row | {row * 1e6:.1f} us |",
+        f"| a minibatch of the actor alone | {alone * 1e3:.2f} ms |",
+        f"| and for each row | {alone_row * 1e6:.1f} us |",
         f"| an all-reduce between two processes here (gloo) | {latency * 1e6:.0f} us + {byte * 1e9:.2f} ns a byte |",
         "", "## The model beside what was measured, here, steps a second", "",
         "| environments | workers | processes | measured | model |", "|--:|--:|--:|--:|--:|",
@@ -287,8 +304,7 @@ def main() -> int:
         spread = {n: f"{statistics.median(v):,.0f} ({min(v):,.0f} to {max(v):,.0f})" for n, v in turns.items()}
         out += [
             f"In turns, 16 environments on {cores} cores: one process {spread[1]}, two {spread[2]}: {ratio:.2f}.",
-            "Half the rows take nearly as long as all of them: most of a minibatch is the start of small operations.",
-            "And each all-reduce waits for the slower process, which takes longer than the message.",
+            "Of two processes one trains the actor and the other the critic; they share no interpreter lock.",
             "",
         ]
 
@@ -298,7 +314,8 @@ def main() -> int:
         points = {
             r["minibatch"]: statistics.median(r["graph"]) for r in gpu["update"] if r["hidden"] == 256 and "graph" in r
         }
-        on_gpu = dataclasses.replace(model, **dict(zip(("minibatch", "row"), line(points))))
+        both = dict(zip(("minibatch", "row"), line(points)))  # one network alone takes no longer
+        on_gpu = dataclasses.replace(model, **both, alone=both["minibatch"], alone_row=both["row"])
         out += ["## 16 cores with a GPU: forecast, and what was measured there", "",
                 "The constants of this machine's cores; the GPU's minibatch (256-256, CUDA graph) from gpu.json.",
                 "There a core takes 95 us for an environment's step alone, half as long again when all are busy.", "",
@@ -308,22 +325,23 @@ def main() -> int:
             if "cuda" not in r:
                 continue
             n, there = r["envs"], {name: statistics.median(values) for name, values in r["cuda"].items()}
-            forecast = on_gpu.rollout(n, 128, 16), on_gpu.update(n * 128, 1)
+            forecast = on_gpu.rollout(n, 128, 16), on_gpu.update(n * 128)
             cells = [f"{forecast[0] * 1e3:.0f}", f"{there['rollout'] * 1e3:.0f}", f"{forecast[1] * 1e3:.0f}"]
             cells += [f"{there['update'] * 1e3:.0f}", f"{n * 128 / sum(forecast):,.0f}"]
             out.append(f"| {n} | {' | '.join(cells)} | {n * 128 / sum(there.values()):,.0f} |")
         out += ["", "## Eight such machines, one process each", "",
-                "An all-reduce over a network: 50 us and 0.8 ns a byte are assumed (10 Gbit/s), not measured.", "",
+                "A message over a network: 50 us and 0.8 ns a byte are assumed (10 Gbit/s), not measured.",
+                "And that a GPU takes as long for one network with all rows as for both with half of them.", "",
                 "| environments each | steps a second, one | eight | of the ideal | largest part |",
                 "|--:|--:|--:|--:|---|"]  # fmt: skip
         network = dataclasses.replace(on_gpu, latency=50e-6, byte=0.8e-9)
         for n in (16, 64, 256, 1024):
             one, eight = network.rate(n, 128, 16), network.rate(n, 128, 16, 8)
-            reduce = network.update(n * 128, 8, 290_000) - network.update(n * 128, 1)
+            messages = network.messages(n * 128, 8, 290_000)
             parts = {
                 "physics": 128 * model.physics * -(-n // 16), "a worker's step": 128 * model.step,
-                "trainer's serial part": model.serial * n * 128, "update": network.update(n * 128, 1),
-                "all-reduce": reduce,
+                "trainer's serial part": model.serial * n * 128,
+                "update": network.update(n * 128, 8, 290_000) - messages, "messages": messages,
             }  # fmt: skip
             name = max(parts, key=parts.get)
             share = parts[name] / sum(parts.values())

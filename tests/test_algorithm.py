@@ -681,6 +681,23 @@ def test_a_failing_network_is_told_when_the_other_has_ended(
     assert ended == [True]
 
 
+def test_each_network_has_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread that torch has not seen yet, MKL computes a product on all cores."""
+    state, x = make_state(make_args()), torch.randn(128, 128)
+
+    def descend(optimizer: Any, *_: Any) -> dict[str, Tensor]:
+        if optimizer is state.optimizers[0]:
+            return {"steps": torch.ones(()), "own": torch.ones(())}
+        began = time.process_time(), time.thread_time()
+        for _ in range(2000):
+            x @ x
+        whole, own = time.process_time() - began[0], time.thread_time() - began[1]
+        return {"steps": torch.ones(()), "cores": torch.tensor(whole / own)}
+
+    monkeypatch.setattr(ppo_vec, "descend", descend)
+    assert update(state, fake_rollout(state), state.args)["cores"] < 1.2
+
+
 # ---- Recordings ------------------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -692,14 +709,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def by_autograd(optimizers: Any, batch: Any, minibatches: Tensor, args: Any) -> list[dict[str, Tensor]]:
-    """descend_both, one network after the other and never recorded."""
+    """descend_all, one network after the other and never recorded."""
     now = dataclasses.replace(args, **{k: torch.tensor(getattr(args, k) or 0.0) for k in ppo_vec.SCALARS})
     return [ppo_vec.descend(optimizer, batch, minibatches, now) for optimizer in optimizers]
 
 
 def pair(args: Options, task: ppo_vec.Task | None = None) -> tuple[State, State]:
     states = make_state(args, task), make_state(args, task)
-    states[1].descend_both = by_autograd
+    states[1].descend_all = by_autograd
     return states
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import ppo_vec
-from ppo_vec import Options, Rollout, State, descend_both, policy_loss, update
+from ppo_vec import Options, Rollout, State, descend_all, policy_loss, update
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = [pytest.param("stand-in"), pytest.param("cuda", marks=[pytest.mark.cuda, on_gpu])]
@@ -78,7 +78,7 @@ class StandIn:
 
     @contextlib.contextmanager
     def graph(self, graph: Any) -> Iterator[None]:
-        kept = self.state.descend_both
+        kept = self.state.descend_all
         tensors = [self.state.agent.state_dict(), *(o.state for o in self.state.optimizers)]
         tensors.append({"stopped": self.state.optimizers[0].stopped})
         before = copy.deepcopy(tensors)
@@ -110,7 +110,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
     def pair(args: Options) -> tuple[State, State]:
         states = [make_state(args, "cpu" if request.param == "stand-in" else "cuda") for _ in range(2)]
         stand_in.state = states[0]
-        states[0].descend_both, states[1].descend_both = ppo_vec.CudaGraph(), descend_both
+        states[0].descend_all, states[1].descend_all = ppo_vec.CudaGraph(), descend_all
         return tuple(states)
 
     return SimpleNamespace(pair=pair, stand_in=stand_in if request.param == "stand-in" else None)
@@ -133,7 +133,7 @@ def test_a_graph_does_what_its_kernels_do_one_by_one(device: SimpleNamespace) ->
         now = dataclasses.replace(args, **rates, ent_coef=2.0 ** -(5 + i), gamma=0.9 + i / 100)
         rows = [update(state, fake_rollout(plain, i), now) for state in (graphed, plain)]
         assert rows[0] == pytest.approx(rows[1], rel=1e-5, abs=1e-6)
-        assert graphed.descend_both.graph is not None
+        assert graphed.descend_all.graph is not None
         assert torch.equal(weights(graphed), weights(plain))
     assert int(graphed.optimizers[0].state["step"]) == 4 * 12
     if device.stand_in:
@@ -195,7 +195,7 @@ def test_a_loss_that_cannot_be_recorded(
         for state in (graphed, plain):
             update(state, fake_rollout(plain, i), args)
         assert torch.equal(weights(graphed), weights(plain))
-    assert graphed.descend_both.graph is None
+    assert graphed.descend_all.graph is None
     assert capsys.readouterr().err.count("warning: --cuda: no CUDA graph") == 1
 
 
@@ -205,7 +205,7 @@ def test_the_time_on_the_cpu_is_measured_on_a_copy(device: SimpleNamespace) -> N
     graphed, _ = device.pair(args)
     update(graphed, fake_rollout(graphed, 0), args)
     before = weights(graphed)
-    assert 0 < graphed.descend_both.cpu_seconds(graphed.agent, args) < 10
+    assert 0 < graphed.descend_all.cpu_seconds(graphed.agent, args) < 10
     assert torch.equal(weights(graphed), before)
 
 

@@ -1,6 +1,7 @@
 """PPO in one file: masters BipedalWalker on an ordinary machine in minutes.
 
     python ppo_vec.py --num-envs 16 --cuda             # train; without CUDA it says so once and uses the CPU
+    python ppo_vec.py --env-id my_module:MyEnv-v0      # train on your own environment, or any other of Gymnasium
     torchrun --nproc-per-node 2 ppo_vec.py             # train in several processes, on one machine or more
     tensorboard --logdir runs                          # watch
     python ppo_vec.py --resume runs/NAME               # continue an interrupted run, to the bit
@@ -361,9 +362,8 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     actor_optimizer.begin_update(args.learning_rate)
     critic_optimizer.begin_update(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
-    for sums in share(
-        state.descend_all, state.optimizers, batch, minibatches, args
-    ):  # the next function, by all processes
+    # `share` calls state.descend_all, which follows; with torchrun all processes share its work.
+    for sums in share(state.descend_all, state.optimizers, batch, minibatches, args):
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -372,7 +372,10 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 
 
 def descend_all(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
-    """`descend` for actor and critic, which share no weights, at the same time. With --cuda a CudaGraph does it."""
+    """`descend` for actor and critic, which share no weights, at the same time; or for one of them, see `share`.
+
+    With --cuda a CudaGraph does it.
+    """
     scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name) or 0.0) for name in SCALARS}
     args = dataclasses.replace(args, **scalars)  # as tensors, so that a recording sees them change
     for optimizer in optimizers:
@@ -1586,7 +1589,7 @@ def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.nda
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
 # torchrun starts them ("ranks"). Each has its own environments, and all have the same weights, statistics, generators
-# and counters: what differs between them is gathered before anything is computed from it.
+# and counters: rollouts are gathered before anything changes these. Only within an update they differ, see `share`.
 
 RANK_ENDED = "another process of this training has ended; --resume goes on where it last saved"
 
@@ -1605,24 +1608,30 @@ def all_ranks(value: Any) -> list[Any]:
     """The value of each process, in the order of the ranks. A tensor has the same shape in all of them."""
     if world_size() == 1:
         return [value]
-    tensor = isinstance(value, Tensor)
-    values = [torch.empty_like(value) if tensor else None for _ in range(world_size())]
+    values: list[Any] = [None] * world_size()
     with refuse(RANK_ENDED, TrainingError):
-        dist.all_gather(values, value.contiguous()) if tensor else dist.all_gather_object(values, value)
-    return values
+        if not isinstance(value, Tensor):
+            dist.all_gather_object(values, value)
+            return values
+        own = value.cpu().contiguous()  # two processes may use one GPU, or one of them none
+        values = [torch.empty_like(own) for _ in values]
+        dist.all_gather(values, own)
+    return [each.to(value.device) for each in values]
 
 
 def mean_of_group(vector: Tensor, group: Any) -> Tensor:
-    """In place. A group of one process is None."""
+    """In place, in the processes of a group; one of a single process is None."""
     if group is not None:
         with refuse(RANK_ENDED, TrainingError):
             dist.all_reduce(vector, group=group)
-        vector /= dist.get_world_size(group)
+        size = dist.get_world_size(group)
+        assert size > 0  # else this is no process of the group
+        vector /= size
     return vector
 
 
 def trainers(network: int) -> range:
-    """The ranks that train the actor (network 0): the even ones; or the critic (1): the odd ones."""
+    """With torchrun: the ranks that train the actor (network 0), the even ones, or the critic (1), the odd ones."""
     return range(network, world_size(), 2)
 
 
@@ -1637,14 +1646,16 @@ def share(descend_all: Callable[..., list[Tensors]], optimizers: Sequence[FlatAd
         return descend_all(optimizers, batch, minibatches, args)
     network = rank() % 2
     group = trainers(network)
-    size = minibatches.shape[1] // len(group)  # what cannot be divided is left out; of an even number nothing
+    size = minibatches.shape[1] // len(group)  # odd numbers of processes may leave out a row or two
     mine = minibatches[:, group.index(rank()) * size :][:, :size]
     (sums,) = descend_all([optimizers[network]], batch, mine, args)
     parts = all_ranks({name: value.cpu() for name, value in sums.items()})
     with refuse(RANK_ENDED, TrainingError):
         for source, optimizer in enumerate(optimizers):
             for tensor in (optimizer.flat, *optimizer.state.values()):
-                dist.broadcast(tensor, source)
+                copied = tensor.cpu()
+                dist.broadcast(copied, source)
+                tensor.copy_(copied)
     groups = [[parts[i] for i in trainers(network)] for network in (0, 1)]
     return [{name: sum(part[name] for part in group) / len(group) for name in group[0]} for group in groups]
 
@@ -1758,7 +1769,8 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         optimizer.recording = play
     except Exception as error:  # an edited loss that asks for a tensor's value, uses NumPy, or draws numbers
         name = optimizer.loss_of.__name__
-        say(f"warning: updates take twice as long, for {name} cannot be recorded: {one_line(error)}")
+        text = f"warning: updates take twice as long, for {name} cannot be recorded: {one_line(error)}"
+        say(text, any_rank=rank() == 1)  # which trains the critic
         optimizer.recording = flat_gradient  # which is not tried again
 
 
@@ -1774,7 +1786,7 @@ class CudaGraph:
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.batch: Tensors = {}
-        # (Never tried with several processes: no machine with two GPUs was at hand.)
+        # (Of more than two processes, a minibatch has a message. That was never tried: it takes two GPUs at least.)
         self.side, self.works = torch.cuda.Stream(), world_size() <= 2
         self.fixed: dict[str, Any] | None = None
 
@@ -1829,19 +1841,21 @@ class CudaGraph:
             self.graph = graph
         except RuntimeError as error:  # an edited loss that waits for the GPU, for example
             self.works = False
-            say(f"warning: --cuda: no CUDA graph, updates are slow without one ({one_line(error)})")
+            text = f"warning: --cuda: no CUDA graph, updates are slow without one ({one_line(error)})"
+            say(text, any_rank=rank() == 1)  # which trains the critic
 
     def cpu_seconds(self, agent: Agent, args: Args) -> float:
-        """The seconds that an update would take on the CPU: a copy takes a few steps there."""
+        """The seconds that an update would take this process on the CPU: a copy takes a few steps there."""
         agent = copy.deepcopy(agent).cpu()
         optimizers, batch = make_optimizers(agent), {name: tensor.cpu() for name, tensor in self.batch.items()}
-        rows = min(args.minibatch_size, 1024)
-        few = self.minibatch[:, :rows].cpu().expand(4, -1)
+        some = optimizers if world_size() == 1 else [optimizers[rank() % 2]]
+        few = self.minibatch[:, :1024].cpu().expand(4, -1)
         for _ in range(3):  # the first warms up, the second is recorded
             began = time.perf_counter()
-            share(descend_all, optimizers, batch, few, args)
+            descend_all(some, batch, few, args)
             seconds = time.perf_counter() - began
-        return seconds / 4 * args.batch_size * args.update_epochs / rows
+        minibatches = args.update_epochs * args.num_minibatches * self.minibatch.shape[1] / few.shape[1]
+        return seconds / 4 * minibatches
 
 
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
@@ -2719,6 +2733,8 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
         # their copies; and the outputs of two hidden layers, for all rows at once.
         widest = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1))
         row = 40 * (task.obs_dim + task.extra_dim) + 16 * task.action_dim + 8 * widest
+        if world_size() > 1:  # twice the rows of all processes, as the update has them
+            row += 8 * world_size() * (task.obs_dim + task.extra_dim + task.action_dim + 4)
         size = args.batch_size * row
         if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is a rollout of {size / 2**30:.0f} GiB"

@@ -382,7 +382,7 @@ def test_help_begins_with_examples(capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     examples = [line.split("  ")[0] for line in re.findall("(?m)^    (.*)", ppo_vec.__doc__)]
     assert examples[0] == "python ppo_vec.py --num-envs 16 --cuda"
-    assert len(examples) == 6
+    assert len(examples) == 7
     assert main("--help") == 0
     usage, gap, *lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
     assert (usage[:6], gap) == ("usage:", "")

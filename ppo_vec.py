@@ -674,6 +674,10 @@ class FlatAdam:
         self.recording: Callable[..., tuple[Tensor, Tensors]] | None = None  # these two: record
         self.recorded: Any = None
 
+    def tensors(self) -> list[Tensor]:
+        """What training changes."""
+        return [self.flat, *self.state.values()]
+
     def begin_update(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
         self.stopped.zero_()
@@ -1649,14 +1653,12 @@ def share(descend_all: Callable[..., list[Tensors]], optimizers: Sequence[FlatAd
     size = minibatches.shape[1] // len(group)  # odd numbers of processes may leave out a row or two
     mine = minibatches[:, group.index(rank()) * size :][:, :size]
     (sums,) = descend_all([optimizers[network]], batch, mine, args)
-    parts = all_ranks({name: value.cpu() for name, value in sums.items()})
-    with refuse(RANK_ENDED, TrainingError):
-        for source, optimizer in enumerate(optimizers):
-            for tensor in (optimizer.flat, *optimizer.state.values()):
-                copied = tensor.cpu()
-                dist.broadcast(copied, source)
-                tensor.copy_(copied)
-    groups = [[parts[i] for i in trainers(network)] for network in (0, 1)]
+    trained = optimizers[network].tensors() if rank() < 2 else ()
+    parts = all_ranks(({name: value.cpu() for name, value in sums.items()}, [tensor.cpu() for tensor in trained]))
+    for optimizer, (_, tensors) in zip(optimizers, parts):
+        for own, new in zip(optimizer.tensors(), tensors):
+            own.copy_(new)
+    groups = [[parts[i][0] for i in trainers(network)] for network in (0, 1)]
     return [{name: sum(part[name] for part in group) / len(group) for name in group[0]} for group in groups]
 
 

@@ -744,7 +744,7 @@ class Categorical(nn.Module):
 
 # ---- Environments ----------------------------------------------------------------------------------------------------
 
-WALKERS = {"BipedalWalker-v3": False, "BipedalWalkerHardcore-v3": True}  # env id: hardcore
+WALKERS = "BipedalWalker-v3", "BipedalWalkerHardcore-v3"
 LARGE = 5_000  # numbers of an observation that are worth a warning
 FALL = -100.0  # the reward of a fall or crash in Gymnasium's Box2D environments
 
@@ -783,15 +783,14 @@ def make_env(args: Options, published: bool = False, render: bool = False) -> An
 
     Walkers are fast ones with a fresh world at each reset, unless `published`.
     """
-    kwargs = json.loads(args.env_kwargs)
-    if args.env_id in WALKERS and not published:
-        spec: Any = copy.deepcopy(gym.spec(args.env_id))
-        limit: Any = kwargs.pop("max_episode_steps", None) or spec.max_episode_steps  # -1: none, as in gym.make
-        env: gym.Env = Walker(limit if limit > 0 else math.inf, **{"hardcore": WALKERS[args.env_id], **kwargs})
-        env.spec, spec.max_episode_steps = spec, limit if limit > 0 else None
-    else:
-        kwargs |= {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
-        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if render else {})  # not every one takes it
+    fast = args.env_id in WALKERS and not published
+    entry: Any = Walker
+    made: Any = dataclasses.replace(gym.spec(args.env_id), entry_point=entry) if fast else args.env_id
+    env: Any = gym.make(made, disable_env_checker=True, **kwargs)
+    if fast:  # it counts its steps itself: gym.make's wrappers would step it alone
+        spec, env = env.spec, env.unwrapped
+        env.spec, env.max_episode_steps = spec, spec.max_episode_steps or math.inf
     for wrapper in args.wrappers:
         module, _, name = wrapper.partition(":")
         env = getattr(importlib.import_module(module), name)(env)
@@ -801,40 +800,16 @@ def make_env(args: Options, published: bool = False, render: bool = False) -> An
 
 
 def make_task(args: Options) -> Task:
-    """Tries the environment in a process of its own. Raises UserError, saying why, if we cannot train on it."""
-    context: Any = multiprocessing.get_context(args.start_method)
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=rehearse, args=(args, theirs))
-    process.start()
-    theirs.close()
-    limit = max(args.worker_timeout, STARTING)
-    try:
-        result = UserError(f"--env-id {args.env_id} took over {limit:g} s for its first steps (--worker-timeout)")
-        if ours.poll(limit):
-            result = ours.recv()
-            process.join(CLOSING)
-    except EOFError:
-        process.join()
-        result = UserError(f"--env-id {args.env_id} ended its process, with exit code {process.exitcode}")
-    finally:  # also after Ctrl-C
-        process.kill()
-        process.join()
+    """Tries the environment in a worker of its own. Raises UserError, saying why, if we cannot train on it."""
+    one = dataclasses.replace(args, num_envs=1, num_workers=1, num_steps=1)
+    unknown = Task(1, 0, np.zeros(1), np.zeros(1), None, None)
+    with closing(VecEnv(one, unknown, new_snapshot(1, 1))) as envs, refuse(f"--env-id {args.env_id}"):
+        (result,) = envs.ask("inspect", None)
     if isinstance(result, UserError):
         raise result
     if result.obs_dim > LARGE:
         say(f"warning: an observation is {result.obs_dim} numbers, and there are no convolutions: slow, if it learns")
     return result
-
-
-def rehearse(args: Options, pipe: Any) -> None:
-    """The process that make_task starts: sends the Task, or a UserError."""
-    end_with_parent(lambda: None)
-    try:
-        pipe.send(inspect_env(args))
-    except UserError as error:
-        pipe.send(error)
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass
 
 
 def inspect_env(args: Options) -> Task:
@@ -873,23 +848,19 @@ def take_steps(env: Any) -> None:
         if not np.isfinite(array).all():
             raise ValueError(f"{what} is not finite: {one_line(ValueError(array))}")
 
+    words = {"reset()": "(observation, info)", "step()": "(observation, reward, terminated, truncated, info)"}
     seed_everything(env, 0)
-    with refuse("reset()", ValueError):
-        returned = env.reset(seed=0)
-    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
-        raise ValueError(f"reset() returned {type(returned).__name__}, not the pair (observation, info)")
-    check("the observation of reset()", returned[0], env.observation_space.shape)
-    for _ in range(3):
-        with refuse("step()", ValueError):
-            returned = env.step(env.action_space.sample())
-        if not (isinstance(returned, tuple) and len(returned) == 5):
-            words = "(observation, reward, terminated, truncated, info)"
-            raise ValueError(f"step() returned {type(returned).__name__} of {len(returned)}, not {words}")
+    for call in ("reset()", "step()", "step()", "step()"):
+        with refuse(call, ValueError):
+            returned = env.reset(seed=0) if call == "reset()" else env.step(env.action_space.sample())
+        if not (isinstance(returned, tuple) and len(returned) == len(words[call].split())):
+            size = f" of {len(returned)}" if isinstance(returned, tuple) else ""
+            raise ValueError(f"{call} returned {type(returned).__name__}{size}, not {words[call]}")
         obs, *numbers, _ = returned
-        check("the observation of step()", obs, env.observation_space.shape)
+        check(f"the observation of {call}", obs, env.observation_space.shape)
         for name, value in zip(("reward", "terminated", "truncated"), numbers):
-            check(f"the {name} of step()", value, ())
-        if np.any(numbers[1]) or np.any(numbers[2]):
+            check(f"the {name} of {call}", value, ())
+        if any(np.any(ended) for ended in numbers[1:]):
             break
 
 
@@ -922,7 +893,8 @@ def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
 
 
 def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    words = getattr(error, "strerror", None) or str(error)  # of an OSError, without its number and path
+    text = " ".join(words.split())[:200] or type(error).__name__
     return f"{text.rstrip('.')}; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else text
 
 
@@ -1102,8 +1074,14 @@ class Worker(gym.Env):
         try:
             self.policy = policy
             return getattr(self, name)(*args)
+        except UserError as error:
+            return error
         except Exception:
             return traceback.format_exc()
+
+    def inspect(self) -> Task:
+        """All that the worker of make_task does."""
+        return inspect_env(self.args)
 
     def close(self) -> None:
         for envs in (self.envs, self.playing):
@@ -1224,32 +1202,25 @@ class Worker(gym.Env):
 
 
 def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *args: Any) -> None:
-    """The process of a worker. It ends with its trainer, and never by a signal that is meant for the trainer.
+    """The process of a worker. It ends with its trainer, however that ended, and never by a signal meant for that.
 
     (The handlers do nothing; an ignored signal would be inherited by whatever an environment starts.)
     """
-    worker = workers[index]()
+    worker, parent = workers[index](), multiprocessing.parent_process()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     block_signals(False)  # VecEnv.start blocks them
 
-    end_with_parent(worker.close)
-    with contextlib.suppress(EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
-        _async_worker(index, lambda: worker, *args)
-
-
-def end_with_parent(close: Callable[[], None]) -> None:
-    """Ends this process, after `close`, soon after the one that started it has gone, however that ended."""
-    parent: Any = multiprocessing.parent_process()
-
     def watch() -> None:  # (of pipes, a sibling may keep the other end open)
-        while os.getppid() == parent.pid and parent.is_alive():
+        while parent is not None and os.getppid() == parent.pid and parent.is_alive():
             time.sleep(0.5)
         threading.Timer(CLOSING, os._exit, (1,)).start()
-        close()
+        worker.close()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
+        _async_worker(index, lambda: worker, *args)
 
 
 def block_signals(block: bool) -> None:
@@ -1333,14 +1304,9 @@ class VecEnv(AsyncVectorEnv):
         faults: list[str] = []
         while True:
             try:
-                if not self.processes:
-                    self.start()
-                self.call_async("run", name, acting, *args)
-                return self.wait()
-            except (EOFError, OSError, TrainingError) as error:
-                codes = enumerate(process.join(0.2) or process.exitcode for process in self.processes)
-                ended = (f"worker {i} ended with exit code {code}" for i, code in codes if code)
-                fault = str(error) if isinstance(error, TrainingError) else next(ended, "a worker closed its pipe")
+                return self.ask(name, acting, *args)
+            except TrainingError as error:
+                fault = str(error)
             self.close()
             self.restarts += 1
             shown, faults = fault in faults and "\n" in fault, [*faults, fault]  # the same traceback again
@@ -1349,20 +1315,28 @@ class VecEnv(AsyncVectorEnv):
                 raise TrainingError(f"gave up after {len(faults)} attempts without progress: {text}")
             say(f"warning: {fault}; starting new workers where the last rollout ended", any_rank=True)
 
-    def wait(self) -> list[Any]:
-        """All workers' results. Raises TrainingError if one failed, or takes no step for --worker-timeout."""
+    def ask(self, name: str, *args: Any) -> list[Any]:
+        """All workers' results. Raises TrainingError if one fails, ends, or takes no step for --worker-timeout."""
         beats, timeout = self.data.beats, self.args.worker_timeout
-        waiting: dict[Any, int] = {pipe: i for i, pipe in enumerate(self.parent_pipes)}
-        seen, since = beats.copy(), np.full(len(beats), time.monotonic())
-        while waiting:
-            for pipe in connection.wait(list(waiting), timeout=min(0.5, timeout / 4)):
-                del waiting[pipe]
-            since[beats != seen] = time.monotonic()
-            seen = beats.copy()
-            for i in waiting.values():
-                if time.monotonic() - since[i] > (timeout if seen[i] else max(timeout, STARTING)):
-                    raise TrainingError(f"worker {i} took no step for {timeout:g} s (--worker-timeout)")
-        results = list(self.call_wait())
+        try:
+            if not self.processes:
+                self.start()
+            self.call_async("run", name, *args)
+            waiting: dict[Any, int] = {pipe: i for i, pipe in enumerate(self.parent_pipes)}
+            seen, since = beats.copy(), np.full(len(beats), time.monotonic())
+            while waiting:
+                for pipe in connection.wait(list(waiting), timeout=min(0.5, timeout / 4)):
+                    del waiting[pipe]
+                since[beats != seen] = time.monotonic()
+                seen = beats.copy()
+                for i in waiting.values():
+                    if time.monotonic() - since[i] > (timeout if seen[i] else max(timeout, STARTING)):
+                        raise TrainingError(f"worker {i} took no step for {timeout:g} s (--worker-timeout)")
+            results = list(self.call_wait())
+        except (EOFError, OSError) as error:
+            codes = enumerate(process.join(0.2) or process.exitcode for process in self.processes)
+            ended = (f"worker {i} ended with exit code {code}" for i, code in codes if code)
+            raise TrainingError(next(ended, "a worker closed its pipe")) from error
         for i, result in enumerate(results):
             if isinstance(result, str):
                 raise TrainingError(f"worker {i} failed:\n{result}")
@@ -1457,9 +1431,7 @@ class Walker(stock.BipedalWalker):
     Python callbacks each: the published bits (tests/test_walker.py) in less than half the time.
     """
 
-    def __init__(self, max_episode_steps: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.max_episode_steps = max_episode_steps
+    max_episode_steps: float = math.inf  # make_env sets it
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self.world.contactListener = None  # breaks the cycle world, listener, environment: it holds C++ memory
@@ -1609,18 +1581,13 @@ def world_size() -> int:
 
 
 def all_ranks(value: Any) -> list[Any]:
-    """The value of each process, in the order of the ranks. A tensor has the same shape in all of them."""
+    """The value of each process, in the order of the ranks."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    with refuse(RANK_ENDED, TrainingError):
-        if not isinstance(value, Tensor):
-            dist.all_gather_object(values, value)
-            return values
-        own = value.cpu().contiguous()  # two processes may use one GPU, or one of them none
-        values = [torch.empty_like(own) for _ in values]
-        dist.all_gather(values, own)
-    return [each.to(value.device) for each in values]
+    tensor, values = isinstance(value, Tensor), list[Any]([None] * world_size())
+    with refuse(RANK_ENDED, TrainingError):  # over the CPU: two processes may use one GPU, or one of them none
+        dist.all_gather_object(values, value.cpu() if tensor else value)
+    return [each.to(value.device) for each in values] if tensor else values
 
 
 def mean_of_group(vector: Tensor, group: Any) -> Tensor:
@@ -1683,17 +1650,14 @@ def join_ranks(argv: Sequence[str]) -> None:
 
 def from_rank_0(action: Callable[[], Any]) -> Any:
     """What `action` returns, or raises, in the process of rank 0: the others need not have its files."""
-    box: list[Any] = [None]
-    if rank() == 0:
-        try:
-            box = [action()]
-        except (UserError, SystemExit) as error:
-            box = [error]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    if isinstance(box[0], BaseException):
-        raise box[0] if rank() == 0 else SystemExit(2)
-    return box[0]
+    try:
+        result = action() if rank() == 0 else None
+    except (UserError, SystemExit) as error:
+        result = error
+    result = all_ranks(result)[0]
+    if isinstance(result, BaseException):
+        raise result if rank() == 0 else SystemExit(2)
+    return result
 
 
 # ---- Fast updates: recordings and CUDA graphs ------------------------------------------------------------------------
@@ -2022,7 +1986,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
     """Replaces `path` by `data`, whole or not at all; `keep` becomes the old file. Raises TrainingError."""
     temporary = path.with_name(path.name + ".tmp")
-    with cannot_write(path):
+    with refuse(f"cannot write {path}", TrainingError):
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:  # a new file: through no link
             file.write(data)
@@ -2043,17 +2007,6 @@ def sync(file: int) -> None:
     except OSError as error:  # some network file systems have no such call, above all for folders
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
-
-
-@contextlib.contextmanager
-def cannot_write(path: Path) -> Iterator[None]:
-    """Makes an OSError a TrainingError that tells what to do: the one answer to a full disk."""
-    try:
-        yield
-    except OSError as error:
-        whole = any((path.parent / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt"))
-        help = f"; mend that, and --resume {path.parent} loses nothing" if whole else ""
-        raise TrainingError(f"cannot write {path}: {error.strerror}{help}") from error
 
 
 def encode(tree: dict[str, Any]) -> bytes:
@@ -2398,7 +2351,7 @@ class Log:
         headers = first, b"global_step,time_s,return,length,env\n"
         self.files: dict[str, Any] = {}
         for (name, path), header in zip(self.paths.items(), headers):
-            with cannot_write(path):
+            with refuse(f"cannot write {path}", TrainingError):
                 file = self.files[name] = open(path, "ab")  # noqa: SIM115
                 file.truncate(min(state.log_sizes[name], file.tell()))
                 if file.seek(0, os.SEEK_END) == 0:  # new, or lost
@@ -2423,13 +2376,13 @@ class Log:
             self.wandb.finish()
 
     def write(self, name: str, data: bytes) -> None:
-        with cannot_write(self.paths[name]):
+        with refuse(f"cannot write {self.paths[name]}", TrainingError):
             self.files[name].write(data)
 
     def flush(self, to_disk: bool = False) -> dict[str, int]:
         """Hands everything to the system, or on to the disk itself. Returns the sizes of the files."""
         for name, file in self.files.items():
-            with cannot_write(self.paths[name]):
+            with refuse(f"cannot write {self.paths[name]}", TrainingError):
                 file.flush()
                 _ = to_disk and sync(file.fileno())
         return {name: file.tell() for name, file in self.files.items()}
@@ -2730,26 +2683,20 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
             _ = getattr(args, name) and importlib.import_module(module)
     if args.evaluate is not None:
         return
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        # Bytes of a step: raw observations twice, and three times on their way to the networks; actions, noise and
-        # their copies; and the outputs of two hidden layers, for all rows at once.
-        widest = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1))
-        row = 40 * (task.obs_dim + task.extra_dim) + 16 * task.action_dim + 8 * widest
-        if world_size() > 1:  # twice the rows of all processes, as the update has them
-            row += 8 * world_size() * (task.obs_dim + task.extra_dim + task.action_dim + 4)
-        size = args.batch_size * row
-        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is a rollout of {size / 2**30:.0f} GiB"
-            raise UserError(f"{what}, more than this machine's memory")
+    # Bytes of a row: raw observations twice, and three times on their way to the networks; actions, noise and their
+    # copies; outputs of two hidden layers; and with torchrun, twice the rows of all processes, as the update has them.
+    widest, inputs = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1)), task.obs_dim + task.extra_dim
+    row = 40 * inputs + 16 * task.action_dim + 8 * widest
+    row += 8 * world_size() * (inputs + task.action_dim + 4) * (world_size() > 1)
+    with refuse(f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is more than this machine's memory"):
+        np.empty(args.batch_size * row, np.uint8)  # which Linux refuses
     if tree is not None:
         with refuse("the checkpoint does not fit"):
             with torch.device("meta"):
                 own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args, task.discrete)
             if kind(tree["agent"]) != kind(own.state_dict()):
-                whose = {
-                    name: tree["args"].get(name) for name in ("env_id", "actor_hidden_sizes", "critic_hidden_sizes")
-                }
-                words = " ".join(f"{flag(name)} {value}" for name, value in whose.items())
+                names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes"
+                words = " ".join(f"{flag(name)} {tree['args'].get(name)}" for name in names)
                 raise ValueError(f"its networks have other sizes, or another kind of action; it has {words}")
             if (activation := tree["args"]["activation"]) != args.activation:
                 raise ValueError(f"its networks need --activation {activation}")
@@ -2822,9 +2769,11 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         try:
             yield dataclasses.replace(args, run_name=name), folder
         except TrainingError as error:
+            if isinstance(error.__cause__, OSError) and any(folder.glob("checkpoint*.pt")):  # a full disk, say
+                error = TrainingError(f"{error}; mend that, and {resume_flags(args, folder)} loses nothing")
             with contextlib.suppress(OSError):  # as in `say`
                 logger.error(f"error: {error}")
-            raise
+            raise error
         finally:
             with contextlib.suppress(OSError):
                 logger.removeHandler(handler), handler.close()

@@ -136,14 +136,16 @@ def fail_with(error: Exception) -> Callable[..., Any]:
 
 @pytest.fixture
 def no_process(monkeypatch: Patch, tmp_path: Path) -> Iterator[None]:
-    """Fails the test if more than the rehearsal is started; runs it in an empty folder, which must stay empty."""
+    """Fails the test if more than make_task's worker is started; runs it in an empty folder, which must stay empty."""
     fail, start = fail_with(AssertionError("a process was started")), multiprocessing.process.BaseProcess.start
+    trials: list[bool] = []
 
-    def start_rehearsal(process: Any) -> None:
-        start(process) if process._target is ppo_vec.rehearse else fail()
+    def start_trial(process: Any) -> None:
+        trials.append(True)
+        start(process) if len(trials) == 1 else fail()
 
-    monkeypatch.setattr(ppo_vec.AsyncVectorEnv, "__init__", fail)
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_rehearsal)
+    monkeypatch.setattr(ppo_vec.State, "__init__", fail)  # what a training makes first
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_trial)
     monkeypatch.setattr(subprocess.Popen, "__init__", fail)
     folder = tmp_path / "empty"
     folder.mkdir()
@@ -961,7 +963,8 @@ def test_capture_video(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> N
     monkeypatch.setattr(imageio, "get_writer", fail_with(OSError("no space\nleft")))  # it takes nothing with it
     assert train(tmp_path / "other", *args.split(), "--capture-video") == 1
     *_, last = capsys.readouterr().err.splitlines()
-    assert last == f"ppo_vec.py: error: cannot write {tmp_path}/other/videos/{path.name}: no space left"
+    hint = f"; mend that, and --resume {tmp_path}/other loses nothing"
+    assert last == f"ppo_vec.py: error: cannot write {tmp_path}/other/videos/{path.name}: no space left{hint}"
     assert main("--evaluate", tmp_path / "other", "--capture-video") == 1
     captured = capsys.readouterr()
     assert "Pendulum-v1, deterministic: " in captured.out
@@ -971,7 +974,7 @@ def test_capture_video(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> N
 def test_evaluation_that_cannot_be_written(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
     """It is told before it has cost anything."""
     (tmp_path / "file").touch()
-    with faults.replaced_attribute(ppo_vec.VecEnv, "start", fail_with(AssertionError("workers were started"))):
+    with faults.replaced_attribute(ppo_vec.VecEnv, "play", fail_with(AssertionError("it was played"))):
         code = main("--evaluate", tiny_run, "--runs-dir", tmp_path / "file")
     assert_one_line(
         code, capsys.readouterr(), f"cannot make the folder {tmp_path}/file/tiny__evaluation__", "--runs-dir"

@@ -288,14 +288,14 @@ def test_harmless_returns_are_taken(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("no info", "reset() returned ndarray, not the pair (observation, info)"),
+        ("no info", "reset() returned ndarray, not (observation, info)"),
         ("short obs", "the observation of reset() has the shape (2,), not (3,)"),
         ("text", "the observation of reset() cannot be numbers"),
         ("nan", "the observation of reset() is not finite"),
         ("four", "step() returned tuple of 4, not (observation, reward, terminated, truncated, info)"),
         ("no reward", "the reward of step()"),
         ("two rewards", "the reward of step() has the shape (2,), not ()"),
-        ("exits", "ended its process, with exit code 3"),
+        ("exits", "worker 0 ended with exit code 3"),
     ],
 )
 def test_harmful_returns_are_named_before_anything_starts(
@@ -320,7 +320,7 @@ def test_an_environment_that_takes_too_long_to_make(
 ) -> None:
     monkeypatch.setattr(ppo_vec, "STARTING", 1.0)
     assert ppo_vec.main(flags(tmp_path, "late", "--worker-timeout 1")) == 2
-    assert "took over 1 s for its first steps (--worker-timeout)" in capfd.readouterr().err
+    assert "worker 0 took no step for 1 s (--worker-timeout)" in capfd.readouterr().err
 
 
 def test_a_module_that_is_not_found_names_pythonpath(capfd: pytest.CaptureFixture) -> None:

@@ -129,13 +129,13 @@ def test_the_finish_line(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock, "TERRAIN_LENGTH", 40)
     monkeypatch.setattr(ppo_vec, "FINISH", (40 - stock.TERRAIN_GRASS) * stock.TERRAIN_STEP)
     walks = [Walk(NORMAL, 1000 * i, dtype, standing=False) for i in range(3)]
-    counts = compare(walks, [Walker(1600) for _ in walks], step_walkers, 2000)
+    counts = compare(walks, [Walker() for _ in walks], step_walkers, 2000)
     assert counts["finishes"] >= 1
 
 
 @pytest.mark.parametrize("action", [[1, 0, -1, 1], [0, 0, 0, 0], [-0.0, 0.0, -0.0, 0.0], [2, -3, 0.5, -0.5]])
 def test_unusual_actions(action: list[float]) -> None:
-    fast = Walker(1600)
+    fast = Walker()
     for given in (action, np.array(action), np.array(action, FLOAT32)):
         published = make_env(Options(env_id=NORMAL), published=True).unwrapped
         published.reset(seed=1), fast.reset(seed=1)
@@ -197,7 +197,7 @@ from ppo_vec import Walker
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
-walker = Walker(2000, hardcore=True)
+walker = Walker(hardcore=True)
 for episode in range(1, 1151):
     walker.reset(seed=episode)
     for _ in range(3):

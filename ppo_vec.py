@@ -240,28 +240,23 @@ Distribution = Gaussian  # of Box actions; Categorical, further down, is that of
 
 
 class Agent(nn.Module):
-    """Actor and critic, two networks that share nothing, and the normaliser of what they see.
+    """Actor and critic, two networks that share nothing, and the normaliser of what they see."""
 
-    The last `extra_dim` numbers of an observation are for the critic only (Pinto et al. 2017, arXiv:1710.06542): what
-    helps to tell the value of a state, but will not be there when the policy is used. For most tasks there are none.
-    """
-
-    def __init__(self, obs_dim: int, extra_dim: int, action_dim: int, args: Args, discrete: bool = False) -> None:
+    def __init__(self, obs_dim: int, action_dim: int, args: Args, discrete: bool = False) -> None:
         super().__init__()
-        self.obs_dim = obs_dim
-        self.normalizer = Normalizer(obs_dim + extra_dim)
+        self.normalizer = Normalizer(obs_dim)
         self.distribution = (Categorical if discrete else Distribution)(action_dim, args)
         sizes = obs_dim, *args.actor_hidden_sizes, self.distribution.outputs
         self.actor = mlp(sizes, args.activation, last_gain=0.01)
-        self.critic = mlp((obs_dim + extra_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
+        self.critic = mlp((obs_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
         self.distribution.initialize(self.actor[-1])  # type: ignore[arg-type]
 
     def policy(self, x: Tensor) -> Tensor:
-        """Normalised observations (..., obs_dim + extra_dim) -> the actor's output, for `distribution`."""
-        return self.actor(x[..., : self.obs_dim])
+        """Normalised observations (..., obs_dim) -> the actor's output, for `distribution`."""
+        return self.actor(x)
 
     def value(self, x: Tensor) -> Tensor:
-        """Normalised observations (..., obs_dim + extra_dim) -> values (...)."""
+        """Normalised observations (..., obs_dim) -> values (...)."""
         return self.critic(x).squeeze(-1)
 
 
@@ -426,8 +421,8 @@ class Rollout:
     On the CPU, except obs, normalized_obs, actions and logprobs, which `collect` leaves on the networks' device.
     """
 
-    obs: Tensor  # (T + 1, N, obs_dim + extra_dim) raw, float64; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, obs_dim + extra_dim) raw, float64; an episode's last; only in rows that end one
+    obs: Tensor  # (T + 1, N, obs_dim) raw, float64; the last row is the observation after the rollout
+    final_obs: Tensor  # (T, N, obs_dim) raw, float64; an episode's last; only in rows that end one
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
     rewards: Tensor  # (T, N) raw; `collect` replaces them by those that training uses
     terminated: Tensor  # (T, N) bool
@@ -435,7 +430,7 @@ class Rollout:
     restarted: Tensor  # (N,) bool; the episode before row 0 was lost, by a resume or a fault, and a new one began
     episodes: list[dict[str, Any]]  # those that ended, of all processes: global_step, env, return, length, fell
     # What `collect` adds:
-    normalized_obs: Tensor = field(init=False)  # (T + 1, N, obs_dim + extra_dim), for the networks
+    normalized_obs: Tensor = field(init=False)  # (T + 1, N, obs_dim), for the networks
     logprobs: Tensor = field(init=False)  # (T, N) of the policy that acted
     values: Tensor = field(init=False)  # (T, N)
     next_values: Tensor = field(init=False)  # (T, N), see gae
@@ -558,7 +553,6 @@ class Options(Args):
 
     final_gamma: float | None = None  # gamma once the goal is near, see scheduled(); None: constant
     swa_share: float = 0.0  # deliver the mean of the weights over this last share of training
-    critic_progress: bool = False  # show the critic the episode's length and return so far; the policy never sees them
     fall_reward: float | None = None  # the scaled reward of a fall (raw: -100) at the start; None: unchanged
     final_fall_reward: float | None = None  # the same once the goal is near, see scheduled(); None: constant
     action_cost: float = 0.0  # what training takes off the reward per unit of |action| once the goal is half reached
@@ -572,7 +566,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
         "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85, "ent_coef": 0.0025,
         "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.2,
-        "critic_progress": True, "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
+        "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {**LANDER, "ent_coef": 0.001, "state_dependent_std": True},
     "LunarLander-v3": {**LANDER, "ent_coef": 0.01},
@@ -580,7 +574,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "total_timesteps": 10_000_000, "num_envs": 64, "learning_rate": 2e-4, "anneal_share": 1.0,
         "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2,
-        "min_std": 0.25, "critic_progress": True,
+        "min_std": 0.25,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
@@ -763,7 +757,6 @@ class Task:
     """What a worker has to know of the environment; checked once, before any worker is started."""
 
     obs_dim: int
-    extra_dim: int  # what the critic sees beside: the episode's length and return so far, or nothing
     low: np.ndarray  # (action_dim,) float32 action bounds; of discrete actions the actions themselves, int64
     high: np.ndarray
     max_episode_steps: int | None
@@ -802,7 +795,7 @@ def make_env(args: Options, published: bool = False, render: bool = False) -> An
 def make_task(args: Options) -> Task:
     """Tries the environment in a worker of its own. Raises UserError, saying why, if we cannot train on it."""
     one = dataclasses.replace(args, num_envs=1, num_workers=1, num_steps=1)
-    unknown = Task(1, 0, np.zeros(1), np.zeros(1), None, None)
+    unknown = Task(1, np.zeros(1), np.zeros(1), None, None)
     with closing(VecEnv(one, unknown, new_snapshot(1, 1))) as envs, refuse(f"--env-id {args.env_id}"):
         (result,) = envs.ask("inspect", None)
     if isinstance(result, UserError):
@@ -834,7 +827,7 @@ def inspect_env(args: Options) -> Task:
                 render_frame(env)
         limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
         low, high = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
-        return Task(int(np.prod(obs.shape)), 2 * args.critic_progress, low, high, limit, goal)
+        return Task(int(np.prod(obs.shape)), low, high, limit, goal)
 
 
 def take_steps(env: Any) -> None:
@@ -1013,11 +1006,11 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
         for tensor in (*probe.parameters(), probe.normalizer.mean):
             tensor += 0.3 * torch.randn(tensor.shape)
         probe.normalizer.var *= 1 + torch.rand(probe.normalizer.var.shape)
-        obs = 9 * torch.randn(2 * TILE, task.obs_dim + task.extra_dim)
+        obs = 9 * torch.randn(2 * TILE, task.obs_dim)
     out, same = probe.policy(probe.normalizer(obs)), False
     with contextlib.suppress(ValueError, IndexError, KeyError):  # a layer that Policy does not know
         policy = Policy(probe.state_dict(), args.activation, task.low, task.high)
-        same = np.allclose(policy.forward(obs[:, : task.obs_dim].numpy()), out.numpy(), rtol=1e-3, atol=1e-3)
+        same = np.allclose(policy.forward(obs.numpy()), out.numpy(), rtol=1e-3, atol=1e-3)
     if not same:
         raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
     distribution, generator = probe.distribution, torch.Generator().manual_seed(0)
@@ -1099,28 +1092,22 @@ class Worker(gym.Env):
             self.restore()
         data, mine, episodes = self.data, slice(self.first, self.last), []
         for t in range(self.args.num_steps):
-            self.write_rows(data.obs[t, mine])
+            data.obs[t, mine] = self.obs
             data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.number)
             rewards, terminated, truncated = self.step(slice(None), actions)
             data.rewards[t, mine], data.terminated[t, mine], data.truncated[t, mine] = rewards, terminated, truncated
             done = np.flatnonzero(terminated | truncated).tolist()
             if done:
-                self.write_rows(data.final_obs[t, mine])
+                data.final_obs[t, mine] = self.obs
             for i in done:
                 episodes.append({
                     "t": t, "env": self.number + i, "return": float(self.returns[i]),
                     "length": int(self.lengths[i]), "fell": bool(terminated[i] and rewards[i] <= FALL),
                 })  # fmt: skip
                 self.begin(i, self.episode[i] + 1)
-        self.write_rows(data.obs[-1, mine])
+        data.obs[-1, mine] = self.obs
         data.episode[mine], data.returns[mine] = self.episode, self.returns
         return episodes
-
-    def write_rows(self, rows: np.ndarray) -> None:
-        """Fills (k, obs_dim + extra_dim) with what the critic sees."""
-        rows[:, : self.task.obs_dim] = self.obs
-        if self.task.extra_dim:
-            rows[:, -2], rows[:, -1] = self.lengths, self.returns
 
     def step(self, some: slice, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         """One step of environments `some` with a row of actions each. Returns rewards, terminated and truncated."""
@@ -1244,7 +1231,7 @@ class VecEnv(AsyncVectorEnv):
     def __init__(self, args: Options, task: Task, snapshot: dict[str, Any]) -> None:
         self.args, self.task, self.snapshot = args, task, snapshot
         self.num_workers = min(args.num_workers or usable_cores(), args.num_envs)
-        T, N, A, D = args.num_steps, args.num_envs, task.action_dim, task.obs_dim + task.extra_dim
+        T, N, A, D = args.num_steps, args.num_envs, task.action_dim, task.obs_dim
         specs = {
             "obs": ((T + 1, N, D), np.float64), "final_obs": ((T, N, D), np.float64),  # an offset costs no digits
             "actions": ((T, N, A), np.float32), "noise": ((T, N, A), np.float32), "rewards": ((T, N), np.float32),
@@ -1371,7 +1358,7 @@ class VecEnv(AsyncVectorEnv):
             if begun[i] or data.restarted[i]:
                 chunks.clear()
             chunks.append(torch.tensor(data.actions[begun[i] :, i]))
-        self.snapshot["obs"][...] = torch.from_numpy(data.obs[-1, :, : self.task.obs_dim])
+        self.snapshot["obs"][...] = torch.from_numpy(data.obs[-1])
         for name in ("episode", "returns"):
             self.snapshot[name][...] = torch.from_numpy(getattr(data, name))
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
@@ -1845,7 +1832,7 @@ class State:
         _, noise, shuffle, init = np.random.SeedSequence(args.seed).spawn(4)
         torch.manual_seed(int(init.generate_state(1)[0]))
         self.args, self.task, self.device = args, task, device
-        self.agent = Agent(task.obs_dim, task.extra_dim, task.action_dim, args, task.discrete).to(device)
+        self.agent = Agent(task.obs_dim, task.action_dim, args, task.discrete).to(device)
         self.average = AveragedModel(self.agent, use_buffers=True)  # average_weights
         self.optimizers = make_optimizers(self.agent)
         self.descend_all = CudaGraph() if device.type == "cuda" else descend_all
@@ -2685,7 +2672,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
         return
     # Bytes of a row: raw observations twice, and three times on their way to the networks; actions, noise and their
     # copies; outputs of two hidden layers; and with torchrun, twice the rows of all processes, as the update has them.
-    widest, inputs = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1)), task.obs_dim + task.extra_dim
+    widest, inputs = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1)), task.obs_dim
     row = 40 * inputs + 16 * task.action_dim + 8 * widest
     row += 8 * world_size() * (inputs + task.action_dim + 4) * (world_size() > 1)
     with refuse(f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is more than this machine's memory"):
@@ -2693,7 +2680,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
     if tree is not None:
         with refuse("the checkpoint does not fit"):
             with torch.device("meta"):
-                own = Agent(task.obs_dim, task.extra_dim, task.action_dim, args, task.discrete)
+                own = Agent(task.obs_dim, task.action_dim, args, task.discrete)
             if kind(tree["agent"]) != kind(own.state_dict()):
                 names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes"
                 words = " ".join(f"{flag(name)} {tree['args'].get(name)}" for name in names)

@@ -91,7 +91,7 @@ def minibatch(hidden: int, size: int, how: str, limit: float) -> list[float]:
     args = pv.scheduled(make_args((hidden, hidden), num_envs=1, num_steps=size, num_minibatches=1), 0)
     state = pv.State(args, TASK, device)
     rows = 2 * size
-    batch = {"obs": torch.randn(rows, 26), "actions": 0.5 * torch.randn(rows, 4), "logprobs": torch.full((rows,), -3.0)}
+    batch = {"obs": torch.randn(rows, 24), "actions": 0.5 * torch.randn(rows, 4), "logprobs": torch.full((rows,), -3.0)}
     batch |= {name: torch.randn(rows) for name in ("advantages", "returns", "values")}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     for optimizer in state.optimizers:
@@ -141,17 +141,16 @@ def iteration(hidden: int, envs: int, steps: int, device: str, repeats: int) -> 
 @contextlib.contextmanager
 def stepping(workers: int, envs: int, steps: int, hidden: tuple[int, ...]) -> Iterator[Callable[[], float]]:
     """Gives a function that takes the reference policy through a rollout: steps a second."""
-    args = make_args(hidden, num_envs=envs, num_steps=steps, num_workers=workers, critic_progress=False)
-    task = dataclasses.replace(TASK, extra_dim=0)
-    state = pv.State(args, task, torch.device("cpu"))
+    args = make_args(hidden, num_envs=envs, num_steps=steps, num_workers=workers)
+    state = pv.State(args, TASK, torch.device("cpu"))
     noise = torch.randn(steps, envs, 4, generator=state.noise_rng).numpy()
-    with contextlib.closing(pv.VecEnv(args, task, state.envs)) as vec:
+    with contextlib.closing(pv.VecEnv(args, TASK, state.envs)) as vec:
         yield lambda: envs * steps / seconds(lambda: vec.rollout(REFERENCE["agent"], noise, 0), 1)[0]
 
 
 def copies(envs: int, steps: int) -> dict[str, list[float]]:
     """Seconds of the copy of a rollout's observations to the GPU."""
-    pageable = torch.randn(steps + 1, envs, 26)
+    pageable = torch.randn(steps + 1, envs, 24)
     pinned = pageable.pin_memory()
     return {name: seconds(tensor.cuda, 30)[5:] for name, tensor in (("pageable", pageable), ("pinned", pinned))}
 
@@ -388,6 +387,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 if __name__ == "__main__":
     STARTED = time.perf_counter()
-    TASK = dataclasses.replace(pv.make_task(pv.Options()), extra_dim=2)
+    TASK = pv.make_task(pv.Options())
     REFERENCE = pv.read_checkpoint(ROOT / "runs" / "reference" / "BipedalWalker-v3", policy=True)[1]
     sys.exit(main())

@@ -80,7 +80,7 @@ def skrl(agent: pv.Agent, args: pv.Options, kind: type[gym.vector.VectorEnv]) ->
         def __init__(self, hidden: tuple[int, ...], outputs: int) -> None:
             Model.__init__(self, **spaces)
             super().__init__()  # of the mixin
-            net = pv.mlp((agent.obs_dim, *hidden, outputs), args.activation, last_gain=1.0)
+            net = pv.mlp((len(agent.normalizer.mean), *hidden, outputs), args.activation, last_gain=1.0)
             self.net = nn.Sequential(*(nn.Tanh() if isinstance(m, pv.Tanh) else m for m in net))  # as its users have
             self.logstd = nn.Parameter(agent.distribution.logstd.data.clone()) if outputs > 1 else None
 

@@ -70,13 +70,12 @@ def make_args(envs: int, steps: int = 128, **changed: Any) -> pv.Options:
 
 def start(args: pv.Options) -> tuple[pv.State, pv.VecEnv]:
     """A training whose policy walks and goes on doing so."""
-    task = dataclasses.replace(TASK, extra_dim=2 * args.critic_progress)
-    state = pv.State(args, task, torch.device("cpu"))
+    state = pv.State(args, TASK, torch.device("cpu"))
     for name, own in state.agent.state_dict().items():
-        if not name.startswith("critic."):  # an observation's first 24 columns
+        if not name.startswith("critic."):  # the normaliser of older files has more columns
             flat = TREE["agent"][name].view(-1)[: own.numel()]
             own.view(-1)[: len(flat)] = flat
-    return state, pv.VecEnv(args, task, state.envs)
+    return state, pv.VecEnv(args, TASK, state.envs)
 
 
 # ---- What is measured ------------------------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ def message_seconds(workers: int, repeats: int) -> float:
 def minibatch_seconds(rows: int, repeats: int, networks: int = 2) -> float:
     """One step on so many rows: of both networks, in two threads as in training, or of the actor alone."""
     state, _ = start(make_args(1, steps=rows))
-    batch = {"obs": torch.randn(rows, 26), "actions": 0.5 * torch.randn(rows, 4), "logprobs": torch.full((rows,), -3.0)}
+    batch = {"obs": torch.randn(rows, 24), "actions": 0.5 * torch.randn(rows, 4), "logprobs": torch.full((rows,), -3.0)}
     batch |= {name: torch.randn(rows) for name in ("advantages", "returns", "values")}
     some = torch.stack([torch.randperm(rows) for _ in range(20)])
     for optimizer in state.optimizers:
@@ -233,9 +232,9 @@ class Model:
         return descent + self.messages(rows, ranks, network_bytes)
 
     def messages(self, rows: int, ranks: int, network_bytes: int) -> float:
-        """The mean gradients; and once an update 136 bytes of each row, and both networks with Adam's moments."""
+        """The mean gradients; and once an update 128 bytes of each row, and both networks with Adam's moments."""
         reduce = EPOCHS * MINIBATCHES * (ranks > 2) * (self.latency + self.byte * network_bytes)
-        return reduce + 15 * self.latency + self.byte * (136 * rows * ranks + 6 * network_bytes)
+        return reduce + 15 * self.latency + self.byte * (128 * rows * ranks + 6 * network_bytes)
 
     def rate(self, envs: int, steps: int, workers: int, ranks: int = 1) -> float:
         spent = self.rollout(envs, steps, workers) + self.update(envs * steps, ranks)

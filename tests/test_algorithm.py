@@ -49,7 +49,7 @@ def make_args(**changed: Any) -> Options:
 def make_state(args: Options, task: ppo_vec.Task | None = None, seed: int = 0) -> State:
     """A state whose networks are far from their initialisation, and whose normaliser has seen something."""
     bound = np.ones(ACTIONS, np.float32)
-    state = State(args, task or ppo_vec.Task(OBS, 2 * args.critic_progress, -bound, bound, None, None), CPU)
+    state = State(args, task or ppo_vec.Task(OBS, -bound, bound, None, None), CPU)
     rng = torch.Generator().manual_seed(seed)
     for parameter in state.agent.parameters():
         parameter.data.normal_(0, 0.4, generator=rng)
@@ -191,7 +191,7 @@ def test_initialisation(state_dependent_std: bool) -> None:
         critic_hidden_sizes=(32,), activation="relu",
     )  # fmt: skip
     torch.manual_seed(0)
-    agent = Agent(OBS, 2, ACTIONS, args)
+    agent = Agent(OBS, ACTIONS, args)
     layers = [[m for m in net if isinstance(m, torch.nn.Linear)] for net in (agent.actor, agent.critic)]
     outputs = 2 * ACTIONS if state_dependent_std else ACTIONS
     assert [(m.in_features, m.out_features) for m in layers[0]] == [(OBS, 16), (16, 24), (24, 8), (8, outputs)]
@@ -230,25 +230,12 @@ def test_a_state_dependent_deviation_is_clamped_in_torch_and_in_numpy() -> None:
     np.testing.assert_allclose(actions, (mean + logstd.exp()).numpy(), rtol=1e-6)
 
 
-def test_the_critic_alone_sees_the_extra_columns() -> None:
-    agent = make_state(make_args(critic_progress=True)).agent
-    x = torch.randn(9, OBS + 2)
-    with torch.no_grad():
-        assert agent.value(x).shape == (9,)
-        for column in range(OBS + 2):
-            other = x.clone()
-            other[:, column] += 1
-            assert (agent.value(x) - agent.value(other)).abs().max() > 0.01
-            assert torch.equal(agent.policy(x), agent.policy(other)) == (column >= OBS)
-
-
-@pytest.mark.parametrize("extra", [False, True])
 @both_kinds_of_std
 @pytest.mark.parametrize("activation", ["tanh", "relu", "leaky_relu", "elu"])
-def test_the_numpy_policy_agrees_with_the_agent(activation: str, state_dependent_std: bool, extra: bool) -> None:
-    args = make_args(activation=activation, state_dependent_std=state_dependent_std, critic_progress=extra)
+def test_the_numpy_policy_agrees_with_the_agent(activation: str, state_dependent_std: bool) -> None:
+    args = make_args(activation=activation, state_dependent_std=state_dependent_std)
     agent, rng, close = make_state(args, seed=3).agent, np.random.default_rng(0), {"rtol": 1e-5, "atol": 1e-5}
-    obs = (1 + 5 * rng.normal(size=(33, OBS + 2 * extra))).astype(np.float32)
+    obs = (1 + 5 * rng.normal(size=(33, OBS))).astype(np.float32)
     obs[0] = 1e3  # beyond the clip of normalised observations
     noise = rng.normal(size=(33, ACTIONS)).astype(np.float32)
     with torch.no_grad():
@@ -257,20 +244,20 @@ def test_the_numpy_policy_agrees_with_the_agent(activation: str, state_dependent
     assert mean.abs().max() > 0.5
     assert np.ptp(mean.numpy(), axis=0).min() > 0.1
     bound = np.ones(ACTIONS, np.float32)
-    policy, seen = ppo_vec.Policy(agent.state_dict(), activation, -bound, bound), obs[:, :OBS]
+    policy = ppo_vec.Policy(agent.state_dict(), activation, -bound, bound)
     for offset in range(ppo_vec.TILE + 1):
-        np.testing.assert_allclose(policy.sample(seen, None, offset), mean.numpy(), **close)
-        np.testing.assert_allclose(policy.sample(seen, noise, offset), actions, **close)
+        np.testing.assert_allclose(policy.sample(obs, None, offset), mean.numpy(), **close)
+        np.testing.assert_allclose(policy.sample(obs, noise, offset), actions, **close)
     # Called, it gives the mean action, ready for the environment; of a batch or of one observation.
     ready = mean.clamp(-1, 1).numpy()
-    np.testing.assert_allclose(policy(seen), ready, **close)
-    np.testing.assert_allclose(policy(seen[3].astype(np.float64)), ready[3], **close)
-    assert (policy(seen[3]).shape, policy(seen).dtype) == ((ACTIONS,), np.float32)
+    np.testing.assert_allclose(policy(obs), ready, **close)
+    np.testing.assert_allclose(policy(obs[3].astype(np.float64)), ready[3], **close)
+    assert (policy(obs[3]).shape, policy(obs).dtype) == ((ACTIONS,), np.float32)
 
 
 def make_policy(low: Any, high: Any) -> ppo_vec.Policy:
     low, high = (np.broadcast_to(np.asarray(bound, np.float32), 4) for bound in (low, high))
-    agent = Agent(1, 0, 4, make_args())
+    agent = Agent(1, 4, make_args())
     return ppo_vec.Policy(agent.state_dict(), "tanh", low, high)
 
 
@@ -443,15 +430,15 @@ def reference_losses(agent: Agent, mb: dict[str, Tensor], args: Options) -> list
     return [(total, policy_metrics), (errors.mean() / 4, {"value_loss": errors.mean() / 2})]
 
 
-@given(any_seed, *[st.booleans()] * 5)
+@given(any_seed, *[st.booleans()] * 4)
 def test_losses_and_gradients_equal_a_plain_reference(
-    seed: int, clip_vloss: bool, bounds: bool, bonus: bool, state_dependent_std: bool, extra: bool
+    seed: int, clip_vloss: bool, bounds: bool, bonus: bool, state_dependent_std: bool
 ) -> None:
     coefficients = {"clip_vloss": clip_vloss, "ent_coef": 0.1 * bonus, "bounds_loss_coef": 0.2 * bounds}
-    args = make_args(**coefficients, state_dependent_std=state_dependent_std, critic_progress=extra)
+    args = make_args(**coefficients, state_dependent_std=state_dependent_std)
     agent = copy.deepcopy(make_state(args, seed=seed % 1000).agent).double()
     rng = torch.Generator().manual_seed(seed)
-    shapes = {"obs": (24, OBS + 2 * extra), "actions": (24, ACTIONS)}
+    shapes = {"obs": (24, OBS), "actions": (24, ACTIONS)}
     names = "obs", "actions", "logprobs", "advantages", "returns", "values"
     mb = {k: torch.randn(*shapes.get(k, (24,)), generator=rng, dtype=torch.float64) for k in names}
     mb["advantages"] = 3 + 5 * mb["advantages"]
@@ -479,7 +466,7 @@ def test_losses_and_gradients_equal_a_plain_reference(
 def test_an_update_uses_each_row_once_an_epoch_with_its_gae(target_lambda: float | None, recorders: Recorders) -> None:
     """Normalised advantages. The critic's targets have their own lambda; with 1 they are Monte Carlo returns."""
     shape = {"num_steps": 30, "num_minibatches": 5, "update_epochs": 3}
-    args = make_args(**shape, critic_progress=True, gae_lambda=0.8, value_lambda=target_lambda)
+    args = make_args(**shape, gae_lambda=0.8, value_lambda=target_lambda)
     state = make_state(args)
     rollout, (actor, critic) = fake_rollout(state), recorders
     rollout.logprobs = torch.arange(args.batch_size).view(30, 4) / 1000  # tells the rows apart
@@ -514,7 +501,7 @@ def test_an_update_uses_each_row_once_an_epoch_with_its_gae(target_lambda: float
 
 @both_kinds_of_std
 def test_every_parameter_is_trained(state_dependent_std: bool) -> None:
-    state = make_state(make_args(state_dependent_std=state_dependent_std, critic_progress=True))
+    state = make_state(make_args(state_dependent_std=state_dependent_std))
     before = copy.deepcopy(state.agent)
     update(state, fake_rollout(state), state.args)
     for (name, new), old in zip(state.agent.named_parameters(), before.parameters(), strict=True):
@@ -728,7 +715,7 @@ def recorded(state: State) -> list[bool]:
 def test_a_recording_has_the_bits_of_autograd(variant: str, capsys: pytest.CaptureFixture) -> None:
     """From the second update on, with other rates, entropy bonus, clip range and data in each; and after a load."""
     args, choices = make_args(ent_coef=0.01, **VARIANTS[variant]), np.arange(ACTIONS)
-    states = pair(args, ppo_vec.Task(OBS, 0, choices, choices, None, None) if variant == "discrete" else None)
+    states = pair(args, ppo_vec.Task(OBS, choices, choices, None, None) if variant == "discrete" else None)
     for i in range(5):
         rates = {"learning_rate": args.learning_rate / 2**i, "critic_learning_rate": 1e-3 / 2 ** (i + 1)}
         now = dataclasses.replace(args, **rates, ent_coef=0.1 / 2**i, clip_coef=0.02 / 2**i)
@@ -908,11 +895,11 @@ class Tiny(gym.Env):
 gym.register("ByHand-v0", Tiny)
 
 
-def step_by_hand(envs: list[Tiny], actions: np.ndarray, seed: int, extra: bool) -> list[np.ndarray]:
+def step_by_hand(envs: list[Tiny], actions: np.ndarray, seed: int) -> list[np.ndarray]:
     """obs, final_obs, rewards, terminated and truncated of a rollout with these actions in [-1, 1]."""
 
     def seen() -> np.ndarray:
-        return np.array([[*env.obs(), *[env.steps, env.total] * extra] for env in envs])
+        return np.array([env.obs() for env in envs])
 
     rows = []
     for chosen in actions:
@@ -925,20 +912,19 @@ def step_by_hand(envs: list[Tiny], actions: np.ndarray, seed: int, extra: bool) 
     return [np.concatenate((obs, seen()[None])), *others]
 
 
-@pytest.mark.parametrize("extra", [False, True])
 @both_kinds_of_std
-def test_collect_and_update_by_hand(state_dependent_std: bool, extra: bool, recorders: Recorders) -> None:
+def test_collect_and_update_by_hand(state_dependent_std: bool, recorders: Recorders) -> None:
     """Three iterations on real workers; every number of a rollout but the noise from elsewhere."""
     args = make_args(
         env_id="ByHand-v0", num_envs=6, num_workers=2, num_steps=14, learning_rate=3e-3, gamma=0.9, action_cost=0.3,
-        state_dependent_std=state_dependent_std, critic_progress=extra,
+        state_dependent_std=state_dependent_std,
     )  # fmt: skip
     envs, parts, pooled = [Tiny() for _ in range(6)], [], []
     for n, env in enumerate(envs):
         env.begin(args.seed, n)
     state = make_state(args, ppo_vec.make_task(args))
     agent = state.agent
-    agent.normalizer.load_state_dict(Normalizer(3 + 2 * extra).state_dict())
+    agent.normalizer.load_state_dict(Normalizer(3).state_dict())
     vec = ppo_vec.VecEnv(args, state.task, state.envs)
     with contextlib.closing(vec):
         for iteration in range(1, 4):
@@ -949,7 +935,7 @@ def test_collect_and_update_by_hand(state_dependent_std: bool, extra: bool, reco
             assert state.global_step == iteration * args.batch_size
 
             actions = rollout.actions.clamp(-1, 1).numpy()
-            obs, final_obs, rewards, terminated, truncated = step_by_hand(envs, actions, args.seed, extra)
+            obs, final_obs, rewards, terminated, truncated = step_by_hand(envs, actions, args.seed)
             done = terminated | truncated
             assert 0 < truncated.sum() < done.sum() > terminated.sum() > 0
             assert_same([rollout.terminated.numpy(), rollout.truncated.numpy()], [terminated, truncated])
@@ -1043,13 +1029,13 @@ DRIFTS: dict[str, tuple[Any, str, Any]] = {
     "the mean is not taken off": (Normalizer, "forward", no_mean),
     "no clip of observations": (Normalizer, "forward", lambda n, x: ((x - n.mean) * (n.var + 1e-8).rsqrt()).float()),
     "a layer that NumPy does not know": (ppo_vec, "mlp", with_layer_norm),
-    "squashed means": (Agent, "policy", lambda agent, x: agent.actor(x[..., : agent.obs_dim]).tanh()),
+    "squashed means": (Agent, "policy", lambda agent, x: agent.actor(x).tanh()),
 }
 
 
 def test_without_a_drift_the_check_is_content() -> None:
     for std in (False, True):
-        make_state(make_args(state_dependent_std=std, critic_progress=True))
+        make_state(make_args(state_dependent_std=std))
 
 
 @pytest.mark.parametrize("drift", DRIFTS)
@@ -1068,7 +1054,7 @@ def test_samples_of_another_distribution_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(ppo_vec.TrainingError, match=r"Gaussian\.act draws other actions"):
         make_state(make_args())
     choices = np.arange(ACTIONS)
-    task = ppo_vec.Task(OBS, 0, choices, choices, None, None)
+    task = ppo_vec.Task(OBS, choices, choices, None, None)
     make_state(make_args(), task)
     monkeypatch.setattr(ppo_vec.Categorical, "act", staticmethod(lambda out, std, noise: np.eye(3)[noise.argmax(-1)]))
     with pytest.raises(ppo_vec.TrainingError, match=r"Categorical\.act draws other actions"):

@@ -42,7 +42,7 @@ def make_args(**changed: Any) -> Options:
 
 def make_state(args: Options, device: str) -> State:
     bound = np.ones(3, np.float32)
-    return State(args, ppo_vec.Task(5, 0, -bound, bound, None, None), torch.device(device))
+    return State(args, ppo_vec.Task(5, -bound, bound, None, None), torch.device(device))
 
 
 def fake_rollout(state: State, seed: int) -> Rollout:

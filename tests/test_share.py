@@ -38,17 +38,17 @@ SUMMARY = {
 
 
 def make_run(folder: Path, low: np.ndarray, high: np.ndarray, gain: float = 1, **args: Any) -> Path:
-    """A run folder with a random policy. Its normaliser knows one number of seven digits, and two of the critic's."""
+    """A run folder with a random policy. Its normaliser knows one number of seven digits."""
     options = ppo_vec.Options(env_id="My-v0", actor_hidden_sizes=(16, 8), **args)
-    task = ppo_vec.Task(3, 2, low, high, None, None)
+    task = ppo_vec.Task(3, low, high, None, None)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        agent = ppo_vec.Agent(task.obs_dim, task.extra_dim, task.action_dim, options, task.discrete)
+        agent = ppo_vec.Agent(task.obs_dim, task.action_dim, options, task.discrete)
         for parameter in agent.parameters():
             parameter += 0.5 * torch.randn(parameter.shape)
         agent.actor[-1].weight *= gain
-    agent.normalizer.mean.copy_(torch.tensor([1234567.0, 0.1, -3, 9, 9], dtype=torch.float64))
-    agent.normalizer.var.copy_(torch.tensor([1e-4, 1, 1e6, 9, 9], dtype=torch.float64))
+    agent.normalizer.mean.copy_(torch.tensor([1234567.0, 0.1, -3], dtype=torch.float64))
+    agent.normalizer.var.copy_(torch.tensor([1e-4, 1, 1e6], dtype=torch.float64))
     folder.mkdir()
     (folder / "best.pt").write_bytes(ppo_vec.encode(ppo_vec.policy_dict(agent, options, task)))
     (folder / "summary.json").write_text(json.dumps(SUMMARY))

@@ -195,7 +195,7 @@ def test_initialisation(state_dependent_std: bool) -> None:
     layers = [[m for m in net if isinstance(m, torch.nn.Linear)] for net in (agent.actor, agent.critic)]
     outputs = 2 * ACTIONS if state_dependent_std else ACTIONS
     assert [(m.in_features, m.out_features) for m in layers[0]] == [(OBS, 16), (16, 24), (24, 8), (8, outputs)]
-    assert [(m.in_features, m.out_features) for m in layers[1]] == [(OBS + 2, 32), (32, 1)]
+    assert [(m.in_features, m.out_features) for m in layers[1]] == [(OBS, 32), (32, 1)]
     for net, last_gain in zip(layers, (0.01, 1.0)):
         for layer in net:
             gain, w = last_gain if layer is net[-1] else math.sqrt(2), layer.weight.detach()
@@ -205,7 +205,7 @@ def test_initialisation(state_dependent_std: bool) -> None:
                 assert not layer.bias.any()
     bias = layers[0][-1].bias.tolist()
     assert bias == pytest.approx([0.0] * ACTIONS + [math.log(0.5)] * (outputs - ACTIONS))
-    mean, logstd = mean_logstd(agent, torch.zeros(2, OBS + 2))  # biases are all that is left of it
+    mean, logstd = mean_logstd(agent, torch.zeros(2, OBS))  # biases are all that is left of it
     assert not mean.any()
     torch.testing.assert_close(logstd.exp().expand(2, ACTIONS), torch.full((2, ACTIONS), 0.5))
 

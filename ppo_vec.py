@@ -551,7 +551,6 @@ class Options(Args):
     start_method: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"  # how they start
     worker_timeout: float = 60.0  # seconds without a step after which a worker counts as hung and is replaced
 
-    final_gamma: float | None = None  # gamma once the goal is near, see scheduled(); None: constant
     swa_share: float = 0.0  # deliver the mean of the weights over this last share of training
     fall_reward: float | None = None  # the scaled reward of a fall (raw: -100) at the start; None: unchanged
     final_fall_reward: float | None = None  # the same once the goal is near, see scheduled(); None: constant
@@ -564,7 +563,7 @@ LANDER = {
 # What beats the defaults, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
-        "learning_rate": 2.5e-4, "gamma": 0.98, "final_gamma": 0.995, "gae_lambda": 0.85, "ent_coef": 0.0025,
+        "learning_rate": 2.5e-4, "gamma": 0.98, "gae_lambda": 0.85, "ent_coef": 0.0025,
         "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.2,
         "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
@@ -572,7 +571,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "LunarLander-v3": {**LANDER, "ent_coef": 0.01},
     "BipedalWalkerHardcore-v3": {
         "total_timesteps": 10_000_000, "num_envs": 64, "learning_rate": 2e-4, "anneal_share": 1.0,
-        "final_gamma": 0.998, "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
+        "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2,
         "min_std": 0.25,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
@@ -592,24 +591,21 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
     """The arguments of the iteration that starts at `global_step`; the README says why they change.
 
     Learning rates and entropy bonus follow the clock. The others follow what the policy has `shown`, from 0 to 1
-    (note_returns), or the clock where no goal above 0 is known: 1 - gamma and the price of a fall change in equal
-    ratios, the action cost grows with the square until half of the way.
+    (note_returns), or the clock where no goal above 0 is known: the price of a fall grows in equal ratios, the action
+    cost with the square until half of the way.
     """
     progress = min(global_step / args.total_timesteps, 1)
     way = progress if shown is None else shown
-
-    def geometric(start: float, end: float) -> float:
-        return start ** (1 - way) * end**way
-
     left = min(1.0, (1 - progress) / args.anneal_share) if args.anneal_lr else 1.0
-    fall, final_fall = args.fall_reward, args.final_fall_reward
+    fall_reward = args.fall_reward
+    if fall_reward is not None and args.final_fall_reward is not None:
+        fall_reward = -((-fall_reward) ** (1 - way) * (-args.final_fall_reward) ** way)
     return dataclasses.replace(
         args,
         learning_rate=left * args.learning_rate,
         critic_learning_rate=left * (args.critic_learning_rate or args.learning_rate),
         ent_coef=left * args.ent_coef,
-        gamma=args.gamma if args.final_gamma is None else 1 - geometric(1 - args.gamma, 1 - args.final_gamma),
-        fall_reward=fall if fall is None or final_fall is None else -geometric(-fall, -final_fall),
+        fall_reward=fall_reward,
         action_cost=min(1, 2 * way) ** 2 * args.action_cost,
     )
 
@@ -2520,7 +2516,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what the
     ("\\w+_hidden_sizes", lambda v: all(size >= 1 for size in v), "all be at least 1"),
     ("(critic_)?learning_rate|clip_coef|max_grad_norm|target_kl|worker_timeout|initial_std",
         lambda v: 0 < v < math.inf, "be a finite number greater than 0"),
-    ("(final_)?gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
+    ("gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     ("swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
     ("anneal_share", lambda v: 0 < v <= 1, "lie in (0, 1]"),
     ("\\w+_(coef|cost)|min_std|seed", lambda v: 0 <= v < math.inf, "be finite and at least 0"),
@@ -2538,7 +2534,6 @@ def validate(args: Options) -> None:
             if re.fullmatch(pattern, f.name) and value is not None and not holds(value):
                 raise UserError(f"{flag(f.name)} must {words}, not {value!r}")
     for good, message in (
-        (args.final_gamma is None or max(args.gamma, args.final_gamma) < 1, "--final-gamma needs both gammas below 1"),
         (args.final_fall_reward is None or args.fall_reward is not None, "--final-fall-reward needs --fall-reward"),
         (not (args.min_std and args.state_dependent_std), "--min-std and --state-dependent-std exclude each other"),
         (args.min_std <= args.initial_std, "--min-std must not be more than --initial-std"),

@@ -828,16 +828,15 @@ def test_learning_rates_and_entropy_bonus_fall_linearly(step: int, left: float) 
 
 
 def test_what_else_changes_over_a_run_by_hand() -> None:
-    args = make_args(total_timesteps=1000, gamma=0.96, final_gamma=0.99, fall_reward=-0.1, final_fall_reward=-10)
-    for step, gamma, price in ((0, 0.96, -0.1), (500, 0.98, -1), (1000, 0.99, -10)):  # 1 - gamma: 0.04, 0.02, 0.01
+    args = make_args(total_timesteps=1000, fall_reward=-0.1, final_fall_reward=-10)
+    for step, price in ((0, -0.1), (500, -1), (1000, -10)):
         now = ppo_vec.scheduled(args, step)
-        assert (now.gamma, now.fall_reward) == pytest.approx((gamma, price))
+        assert now.fall_reward == pytest.approx(price)
     assert ppo_vec.scheduled(args, 5000) == now
     costly = make_args(total_timesteps=1000, action_cost=0.4)
     costs = [ppo_vec.scheduled(costly, step).action_cost for step in (0, 250, 500, 1000)]
     assert costs == pytest.approx([0, 0.1, 0.4, 0.4])
-    constant = ppo_vec.scheduled(make_args(total_timesteps=1000, gamma=0.96), 500)
-    assert (constant.gamma, constant.fall_reward) == (0.96, None)
+    assert ppo_vec.scheduled(make_args(total_timesteps=1000), 500).fall_reward is None
     assert ppo_vec.scheduled(make_args(total_timesteps=1000, fall_reward=-0.1), 500).fall_reward == -0.1
 
 
@@ -1000,15 +999,14 @@ def test_what_a_policy_has_shown_by_hand() -> None:
     assert state.shown is None
 
 
-def test_prices_and_discount_follow_what_was_shown_and_rates_the_clock() -> None:
+def test_prices_follow_what_was_shown_and_rates_the_clock() -> None:
     args = make_args(
-        total_timesteps=1000, anneal_lr=True, gamma=0.9, final_gamma=0.99, fall_reward=-1.0, final_fall_reward=-16.0,
+        total_timesteps=1000, anneal_lr=True, fall_reward=-1.0, final_fall_reward=-16.0,
         action_cost=0.4, learning_rate=0.1, ent_coef=0.2,
     )  # fmt: skip
     now = ppo_vec.scheduled(args, 750, shown=0.25)
     assert (now.learning_rate, now.ent_coef) == pytest.approx((0.025, 0.05))
     assert (now.fall_reward, now.action_cost) == pytest.approx((-2.0, 0.1))  # 16 ** .25 and .5 ** 2 * .4
-    assert 1 - now.gamma == pytest.approx(0.1**1.25)
     assert ppo_vec.scheduled(args, 750) == ppo_vec.scheduled(args, 750, shown=0.75)
 
 

@@ -160,7 +160,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
         for flags, values in (
             ("num-envs num-workers num-steps num-minibatches update-epochs total-timesteps eval-episodes", "0 -1"),
             ("learning-rate critic-learning-rate clip-coef max-grad-norm target-kl initial-std", "0 -1 nan inf"),
-            ("gamma final-gamma gae-lambda value-lambda", "-0.1 1.1 nan"),
+            ("gamma gae-lambda value-lambda", "-0.1 1.1 nan"),
             ("ent-coef bounds-loss-coef action-cost min-std", "-1 nan inf"),
             ("worker-timeout", "0 -1 nan inf"),
             ("swa-share", "-0.1 1 nan"), ("anneal-share", "0 1.1 nan"),
@@ -172,14 +172,14 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
         for flag in flags.split()
         for value in values.split()
     ),
-    ("--seed -1", "--seed"), ("--fall-reward 1", "--fall-reward"), ("--final-gamma 1", "--final-gamma"),
+    ("--seed -1", "--seed"), ("--fall-reward 1", "--fall-reward"),
     ("--resume=", "no checkpoint"), ("--evaluate=", "no checkpoint"),
     ("--num-steps 1e9", "more than this machine's memory"),
     ("--num-steps 100 --num-minibatches 7", "--num-minibatches must divide"),
     ("--num-envs 3 --num-workers 2 --num-steps 64 --num-minibatches 5", "--num-minibatches must divide"),
     ("--num-envs 1 --num-steps 1 --num-minibatches 1", "no advantages to normalise"),
     ("--num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 32", "--num-minibatches must divide"),
-    ("--actor-hidden-sizes 64 0", "--actor-hidden-sizes"), ("--gamma 1 --final-gamma 0.99", "--final-gamma"),
+    ("--actor-hidden-sizes 64 0", "--actor-hidden-sizes"),
     ("--fall-reward -1 --final-fall-reward 0", "--final-fall-reward"), ("--run-name " + "a" * 300, "cannot write"),
     ("--env-id Pendulum-v1 --final-fall-reward -1", "--final-fall-reward needs"),
     ("--initial-std 0.2 --min-std 0.3", "--min-std"), ("--min-std 0.1 --state-dependent-std", "--min-std"),

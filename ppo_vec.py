@@ -750,7 +750,7 @@ def episode_seed(seed: int, env: int, episode: int) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker has to know of the environment; checked once, before any worker is started."""
+    """What a worker has to know of the environment; found out once, by `make_task`."""
 
     obs_dim: int
     low: np.ndarray  # (action_dim,) float32 action bounds; of discrete actions the actions themselves, int64
@@ -793,7 +793,12 @@ def make_task(args: Options) -> Task:
     one = dataclasses.replace(args, num_envs=1, num_workers=1, num_steps=1)
     unknown = Task(1, np.zeros(1), np.zeros(1), None, None)
     with closing(VecEnv(one, unknown, new_snapshot(1, 1))) as envs, refuse(f"--env-id {args.env_id}"):
-        (result,) = envs.ask("inspect", None)
+        try:
+            (result,) = envs.ask("inspect", None)
+        except BaseException:  # also Ctrl-C; it may hang
+            for process in envs.processes:
+                process.kill()
+            raise
     if isinstance(result, UserError):
         raise result
     if result.obs_dim > LARGE:
@@ -842,7 +847,8 @@ def take_steps(env: Any) -> None:
     for call in ("reset()", "step()", "step()", "step()"):
         with refuse(call, ValueError):
             returned = env.reset(seed=0) if call == "reset()" else env.step(env.action_space.sample())
-        if not (isinstance(returned, tuple) and len(returned) == len(words[call].split())):
+        right = isinstance(returned, tuple) and len(returned) == len(words[call].split())
+        if not right or not isinstance(returned[-1], dict):
             size = f" of {len(returned)}" if isinstance(returned, tuple) else ""
             raise ValueError(f"{call} returned {type(returned).__name__}{size}, not {words[call]}")
         obs, *numbers, _ = returned
@@ -882,7 +888,7 @@ def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
 
 
 def one_line(error: Exception) -> str:
-    words = getattr(error, "strerror", None) or str(error)  # of an OSError, without its number and path
+    words = re.sub(r"^\[Errno -?\d+\] ", "", str(error))
     text = " ".join(words.split())[:200] or type(error).__name__
     return f"{text.rstrip('.')}; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else text
 
@@ -946,6 +952,7 @@ class Policy:
     def __init__(self, weights: Tensors, activation: str, low: np.ndarray, high: np.ndarray) -> None:
         obs_dim = weights["actor.0.weight"].shape[1]
         logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
+        # (In older files the normaliser has two more columns: the critic's own.)
         self.obs_mean = weights["normalizer.mean"][:obs_dim].cpu().numpy()
         self.obs_scale = (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt().cpu().numpy()
         arrays: list[Any] = [torch.empty(0) if logstd is None else logstd.exp()]
@@ -1059,13 +1066,16 @@ class Worker(gym.Env):
         self.number = rank() * args.num_envs + first  # of the first environment, counted over all ranks
 
     def run(self, name: str, policy: Policy, *args: Any) -> Any:
-        """A method's result, or the text of its traceback: AsyncVectorEnv hangs if an exception cannot be pickled."""
+        """A method's result, its UserError, or the text of its traceback.
+
+        AsyncVectorEnv hangs if an exception cannot be pickled.
+        """
         try:
             self.policy = policy
             return getattr(self, name)(*args)
-        except UserError as error:
+        except UserError as error:  # of `inspect`
             return error
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             return traceback.format_exc()
 
     def inspect(self) -> Task:
@@ -1269,15 +1279,18 @@ class VecEnv(AsyncVectorEnv):
     def close(self, terminate: bool = False) -> None:  # AsyncVectorEnv's parameter
         """Lets the workers close their environments; ends those that do not in time."""
         end = time.monotonic() + CLOSING
-        for pipe in self.parent_pipes:
+        pipes = list(filter(None, self.parent_pipes))  # AsyncVectorEnv forgets that of a worker that has failed
+        for pipe in pipes:
             with contextlib.suppress(OSError):
                 pipe.send(("close", None))
         for process in self.processes:
             if process.pid is not None:  # it has been started
-                process.join(max(0.0, end - time.monotonic()))
-                process.kill()  # not terminate(): a stopped process would never get to it
-                process.join()
-        for pipe in self.parent_pipes:
+                try:
+                    process.join(max(0.0, end - time.monotonic()))
+                finally:  # also after Ctrl-C
+                    process.kill()  # not terminate(): a stopped process would never get to it
+                    process.join()
+        for pipe in pipes:
             pipe.close()
         self.processes, self.parent_pipes, self.closed = [], [], True
 
@@ -1313,12 +1326,13 @@ class VecEnv(AsyncVectorEnv):
                 since[beats != seen] = time.monotonic()
                 seen = beats.copy()
                 for i in waiting.values():
-                    if time.monotonic() - since[i] > (timeout if seen[i] else max(timeout, STARTING)):
-                        raise TrainingError(f"worker {i} took no step for {timeout:g} s (--worker-timeout)")
+                    limit = timeout if seen[i] else max(timeout, STARTING)
+                    if time.monotonic() - since[i] > limit:
+                        raise TrainingError(f"worker {i} took no step for {limit:g} s (--worker-timeout)")
             results = list(self.call_wait())
         except (EOFError, OSError) as error:
             codes = enumerate(process.join(0.2) or process.exitcode for process in self.processes)
-            ended = (f"worker {i} ended with exit code {code}" for i, code in codes if code)
+            ended = (f"worker {i} ended with exit code {code}" for i, code in codes if code is not None)
             raise TrainingError(next(ended, "a worker closed its pipe")) from error
         for i, result in enumerate(results):
             if isinstance(result, str):
@@ -1637,10 +1651,12 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
         result = action() if rank() == 0 else None
     except (UserError, SystemExit) as error:
         result = error
-    result = all_ranks(result)[0]
-    if isinstance(result, BaseException):
-        raise result if rank() == 0 else SystemExit(2)
-    return result
+    box = [result]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], BaseException):
+        raise box[0] if rank() == 0 else SystemExit(2)
+    return box[0]
 
 
 # ---- Fast updates: recordings and CUDA graphs ------------------------------------------------------------------------
@@ -1663,7 +1679,7 @@ def means(sums: Tensors) -> dict[str, float]:
     return metrics
 
 
-# The arguments that may change in each update; for the losses they are tensors.
+# Arguments that may change in each update, in ours or in an edited loss, which gets them as tensors.
 SCALARS = "ent_coef", "clip_coef", "learning_rate", "critic_learning_rate", "gamma"
 
 
@@ -2067,7 +2083,7 @@ def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
     with refuse("the checkpoint's arguments do not fit"):
         hints = get_type_hints(Options)
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in tree["args"].items()}
-        if not policy and (gone := saved.keys() - hints.keys()):
+        if not policy and (gone := {name for name in saved.keys() - hints.keys() if saved[name]}):  # not just off
             raise ValueError(f"another version of ppo_vec made it, with other flags ({', '.join(sorted(gone))})")
         trusted = (saved.keys() & hints.keys()) - UNTRUSTED - ({"capture_video"} if policy else set())
         args = Options(**{name: typeguard.check_type(saved[name], hints[name]) for name in trusted})
@@ -2665,13 +2681,16 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
             _ = getattr(args, name) and importlib.import_module(module)
     if args.evaluate is not None:
         return
-    # Bytes of a row: raw observations twice, and three times on their way to the networks; actions, noise and their
-    # copies; outputs of two hidden layers; and with torchrun, twice the rows of all processes, as the update has them.
-    widest, inputs = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1)), task.obs_dim
-    row = 40 * inputs + 16 * task.action_dim + 8 * widest
-    row += 8 * world_size() * (inputs + task.action_dim + 4) * (world_size() > 1)
-    with refuse(f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is more than this machine's memory"):
-        np.empty(args.batch_size * row, np.uint8)  # which Linux refuses
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        # Bytes of a row: raw observations twice, and three times on their way to the networks; actions, noise and their
+        # copies; outputs of two hidden layers; and with torchrun twice the rows of all processes, which the update has.
+        widest = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1))
+        row = 40 * task.obs_dim + 16 * task.action_dim + 8 * widest
+        row += 8 * world_size() * (task.obs_dim + task.action_dim + 4) * (world_size() > 1)
+        size = args.batch_size * row
+        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is a rollout of {size / 2**30:.0f} GiB"
+            raise UserError(f"{what}, more than this machine's memory")
     if tree is not None:
         with refuse("the checkpoint does not fit"):
             with torch.device("meta"):
@@ -2679,7 +2698,9 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
             if kind(tree["agent"]) != kind(own.state_dict()):
                 names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes"
                 words = " ".join(f"{flag(name)} {tree['args'].get(name)}" for name in names)
-                raise ValueError(f"its networks have other sizes, or another kind of action; it has {words}")
+                raise ValueError(
+                    f"its networks have other sizes, as in older versions, or other actions; it has {words}"
+                )
             if (activation := tree["args"]["activation"]) != args.activation:
                 raise ValueError(f"its networks need --activation {activation}")
             if not new and len(tree["envs"]["episode"]) % args.num_envs:

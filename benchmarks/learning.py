@@ -49,10 +49,8 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     # Ablations: the default without one ingredient.
     "no-action-cost": "--num-envs 16 --action-cost 0",
     "natural-price": "--num-envs 16 --fall-reward None --final-fall-reward None",
-    "no-critic-progress": "--num-envs 16 --no-critic-progress",
     "no-bounds-loss": "--num-envs 16 --bounds-loss-coef 0",
     "std-1": "--num-envs 16 --initial-std 1",
-    "gamma-0.98": "--num-envs 16 --final-gamma 0.98",
     "no-entropy-bonus": "--num-envs 16 --ent-coef 0",
 }
 

@@ -77,6 +77,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import _async_worker
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map_only
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
 
@@ -154,7 +155,8 @@ class Normalizer(nn.Module):
     def update(self, rows: Tensor) -> None:
         """Merges the mean and variance of `rows` (n, size), with torchrun of all processes' (Chan et al. 1979)."""
         rows, n = rows.double(), len(rows)
-        for mean, var in all_ranks(torch.stack((rows.mean(0), rows.var(0, unbiased=False)))):
+        for moments in all_ranks(torch.stack((rows.mean(0), rows.var(0, unbiased=False)))):
+            mean, var = moments.to(rows.device)
             total, delta = self.count + n, mean - self.mean
             self.mean += delta * n / total
             self.var.copy_((self.var * self.count + var * n + delta**2 * self.count * n / total) / total)
@@ -347,8 +349,8 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
         "advantages": advantages, "returns": returns, "values": rollout.values,
     }  # fmt: skip
-    # (T, N, ...) each. Flattened to rows, with torchrun those of all processes.
-    batch = {name: torch.cat(all_ranks(each), dim=1).flatten(0, 1).to(state.device) for name, each in batch.items()}
+    parts = all_ranks(batch)  # one, or with torchrun that of each process; (T, N, ...) each, now flattened to rows
+    batch = {name: torch.cat([part[name] for part in parts], dim=1).flatten(0, 1).to(state.device) for name in batch}
     advantages, returns, errors = batch["advantages"], batch["returns"], batch["returns"] - batch["values"]
     batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     inds = [torch.randperm(len(returns), generator=state.shuffle_rng) for _ in range(args.update_epochs)]
@@ -1578,13 +1580,13 @@ def world_size() -> int:
 
 
 def all_ranks(value: Any) -> list[Any]:
-    """The value of each process, in the order of the ranks."""
+    """The value of each process, in the order of the ranks; with several processes its tensors are on the CPU."""
     if world_size() == 1:
         return [value]
-    tensor, values = isinstance(value, Tensor), list[Any]([None] * world_size())
+    values = list[Any]([None] * world_size())
     with refuse(RANK_ENDED, TrainingError):  # over the CPU: two processes may use one GPU, or one of them none
-        dist.all_gather_object(values, value.cpu() if tensor else value)
-    return [each.to(value.device) for each in values] if tensor else values
+        dist.all_gather_object(values, tree_map_only(Tensor, lambda tensor: tensor.cpu().numpy(), value))
+    return tree_map_only(np.ndarray, torch.from_numpy, values)  # (to pickle tensors takes longer)
 
 
 def mean_of_group(vector: Tensor, group: Any) -> Tensor:
@@ -1603,13 +1605,18 @@ def trainers(network: int) -> range:
     return range(network, world_size(), 2)
 
 
-def share(descend_all: Callable[..., list[Tensors]], optimizers: Sequence[FlatAdam], *data: Any) -> list[Tensors]:
+def share(
+    descend_all: Callable[..., list[Tensors]],
+    optimizers: Sequence[FlatAdam],
+    batch: Tensors,
+    minibatches: Tensor,
+    args: Args,
+) -> list[Tensors]:
     """What descend_all(optimizers, batch, minibatches, args) returns, computed by all processes.
 
     With two, one trains the actor, the other the critic, and they send nothing between two minibatches. With more,
     those of one network divide the rows of each minibatch, and take a step down the mean of their gradients.
     """
-    batch, minibatches, args = data
     if world_size() == 1:
         return descend_all(optimizers, batch, minibatches, args)
     network = rank() % 2
@@ -1617,8 +1624,7 @@ def share(descend_all: Callable[..., list[Tensors]], optimizers: Sequence[FlatAd
     size = minibatches.shape[1] // len(group)  # odd numbers of processes may leave out a row or two
     mine = minibatches[:, group.index(rank()) * size :][:, :size]
     (sums,) = descend_all([optimizers[network]], batch, mine, args)
-    trained = optimizers[network].tensors() if rank() < 2 else ()
-    parts = all_ranks(({name: value.cpu() for name, value in sums.items()}, [tensor.cpu() for tensor in trained]))
+    parts = all_ranks((sums, optimizers[network].tensors() if rank() < 2 else []))
     for optimizer, (_, tensors) in zip(optimizers, parts):
         for own, new in zip(optimizer.tensors(), tensors):
             own.copy_(new)

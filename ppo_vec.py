@@ -8,9 +8,9 @@
     python ppo_vec.py --evaluate runs/NAME             # 100 test episodes of the run's final policy
     action = ppo_vec.load_policy("runs/NAME")(obs)     # in Python: from raw observations to actions
 
-Order of this file. First the algorithm: Args, Agent, gae, policy_loss, value_loss, update, Rollout, collect, train.
-Then the engineering: options and schedules, the optimizer, environments, the acting policy, workers, walkers, several
-processes, CUDA, checkpoints (State: agent, optimizers, generators, counters), evaluation, logs, command line.
+Order of this file. First the algorithm: Args, Agent, Rollout, collect, gae, policy_loss, value_loss, update, train.
+Then the engineering: options and schedules, the optimizer, discrete actions, environments, the acting policy, workers,
+walkers, several processes, fast updates, checkpoints (State), evaluation, logs, command line.
 
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:1506.02438. "37 details": Huang et al.
 2022, "The 37 Implementation Details of Proximal Policy Optimization". Names follow CleanRL's ppo_continuous_action.py.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import errno
@@ -78,6 +79,7 @@ from gymnasium.vector.async_vector_env import _async_worker
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
 
@@ -126,8 +128,16 @@ class Args:
 
 # ---- Agent -----------------------------------------------------------------------------------------------------------
 
+
+class Tanh(nn.Module):
+    """nn.Tanh, to 5e-7. Torch takes MKL's on the CPU, which on AMD processors is four times as slow as this one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() if x.is_cuda else torch.rsub(torch.sigmoid(-2 * x), 1, alpha=2)  # 1 - 2 * sigmoid(-2 * x)
+
+
 ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {  # in torch, and in NumPy for the workers
-    "tanh": (lambda: Tanh(), np.tanh),  # nn.Tanh, but faster; the class stands far below, so it is named later
+    "tanh": (Tanh, np.tanh),
     "relu": (nn.ReLU, lambda x: np.maximum(x, 0)),
     "leaky_relu": (nn.LeakyReLU, lambda x: np.maximum(x, np.float32(0.01) * x)),
     "elu": (nn.ELU, lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0)))),
@@ -178,7 +188,7 @@ class Gaussian(nn.Module):
     """A diagonal Gaussian over actions, where -1 and 1 are the action bounds. Samples may lie beyond them.
 
     For another distribution, such as a Beta, write a class with `outputs` and all methods below except mean_logstd, and
-    assign it to `Distribution`.
+    name it in the line `Distribution = Gaussian`.
     """
 
     def __init__(self, action_dim: int, args: Args) -> None:
@@ -254,12 +264,83 @@ class Agent(nn.Module):
         self.distribution.initialize(self.actor[-1])  # type: ignore[arg-type]
 
     def policy(self, x: Tensor) -> Tensor:
-        """Normalised observations (..., obs_dim) -> the actor's output, for `distribution`."""
+        """Normalised observations (..., obs_dim) -> the actor's output, for `distribution`. NumPy copy: Policy."""
         return self.actor(x)
 
     def value(self, x: Tensor) -> Tensor:
         """Normalised observations (..., obs_dim) -> values (...)."""
         return self.critic(x).squeeze(-1)
+
+
+# ---- Rollout ---------------------------------------------------------------------------------------------------------
+
+# A State, further down, is all that a run must not lose. Training uses its agent, optimizers, device, global_step, two
+# random generators (noise_rng, shuffle_rng), and what scale_rewards keeps: return_statistics, discounted_return (N,).
+
+
+@dataclass
+class Rollout:
+    """What the environments did in num_steps steps, and what `collect` makes of it. T = num_steps, N = num_envs.
+
+    On the CPU, except obs, normalized_obs, actions and logprobs, which `collect` leaves on the networks' device.
+    """
+
+    obs: Tensor  # (T + 1, N, obs_dim) raw, float64; the last row is the observation after the rollout
+    final_obs: Tensor  # (T, N, obs_dim) raw, float64; an episode's last, in rows that end one; else anything
+    actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
+    rewards: Tensor  # (T, N) raw; `collect` replaces them by those that training uses
+    terminated: Tensor  # (T, N) bool
+    truncated: Tensor  # (T, N) bool
+    restarted: Tensor  # (N,) bool; the episode before row 0 was lost, by a resume or a fault, and a new one began
+    episodes: list[dict[str, Any]]  # those that ended, of all processes: global_step, env, return, length, fell
+    # What `collect` adds:
+    normalized_obs: Tensor = field(init=False)  # (T + 1, N, obs_dim), for the networks
+    logprobs: Tensor = field(init=False)  # (T, N) of the policy that acted
+    values: Tensor = field(init=False)  # (T, N)
+    next_values: Tensor = field(init=False)  # (T, N), see gae
+
+
+def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
+    """Divides `rewards` (T, N) by the standard deviation of discounted returns; clips them to +-10; float32.
+
+    37 details, continuous control nos. 8 and 9. Unlike in CleanRL, this rollout's returns count first, and one number
+    divides all its rewards. Updates state.return_statistics, and state.discounted_return (N,) for the next rollout.
+    """
+    goes_on = (~(rollout.terminated | rollout.truncated)).numpy()
+    running = state.discounted_return.numpy() * ~rollout.restarted.numpy()
+    returns = rewards.double().numpy()  # of past rewards; in NumPy: torch takes six times as long here
+    for t in range(len(returns)):
+        returns[t] += gamma * running
+        running = returns[t] * goes_on[t]
+    state.discounted_return = torch.from_numpy(running)
+    state.return_statistics.update(torch.from_numpy(returns).view(-1, 1))
+    variance = state.return_statistics.var
+    std = torch.where(variance > 0, variance, 1.0).sqrt()  # 0: all returns were equal
+    return (rewards / std).clamp(-REWARD_CLIP, REWARD_CLIP).float()
+
+
+@torch.no_grad()
+def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
+    """Lets every environment take num_steps steps with the current policy.
+
+    The workers act with a NumPy copy of the actor and with noise drawn here: one message to each for a rollout. The
+    agent itself then computes values and log probabilities of all steps at once, so that the update's first ratios are
+    1. Actions are stored unclipped. Raises TrainingError where a rollout fails.
+    """
+    agent = state.agent
+    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # each process draws for all
+    noise = agent.distribution.noise(state.noise_rng, *shape)
+    rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
+    state.global_step += args.batch_size * world_size()
+    rollout.rewards = training_rewards(state, rollout, args)  # scale_rewards, and more for some environments
+    rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
+    rollout.normalized_obs = x = agent.normalizer(rollout.obs)
+    rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
+    values = agent.value(x).cpu()  # gae has many small steps, which a GPU would be slow to start
+    rollout.values, rollout.next_values = values[:-1], values[1:].clone()
+    final_obs = rollout.final_obs[rollout.truncated].to(state.device)
+    rollout.next_values[rollout.truncated] = agent.value(agent.normalizer(final_obs)).cpu()
+    return rollout
 
 
 # ---- Generalized advantage estimation --------------------------------------------------------------------------------
@@ -271,9 +352,9 @@ def gae(
 ) -> Tensor:  # fmt: skip
     """Generalized advantage estimation (arXiv:1506.02438, equation 16).
 
-    An environment is reset in the step that ends its episode. So next_values[t] is values[t + 1], but in a truncated
-    row it is the value of the true last observation: a truncated episode is bootstrapped from it. A terminated one is
-    not bootstrapped (termination wins if both are set). Both end the sum of TD errors.
+    next_values[t] is the value of the observation after step t: values[t + 1]. But an environment is reset in the step
+    that ends its episode, so in a truncated row it is the value of the true last observation, before the reset. A
+    terminated row is not bootstrapped (termination wins if both are set). Both end the sum of TD errors.
 
     Args: all (T, N); rewards, values and next_values float32, terminated and truncated bool.
     Returns: advantages (T, N).
@@ -318,7 +399,7 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
 
 
 def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. It only affects gradient clipping.
+    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. Adam cancels the factor, clipping does not.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
     Returns: the loss, and 0.5 x MSE as a metric without gradient.
@@ -341,15 +422,13 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """
     agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # they minimise policy_ and value_loss
     inputs = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
-    advantages = gae(*inputs, args.gamma, args.gae_lambda)
-    returns = advantages + rollout.values
-    if args.value_lambda is not None:
-        returns = gae(*inputs, args.gamma, args.value_lambda) + rollout.values
-    batch = {
+    value_lambda = args.gae_lambda if args.value_lambda is None else args.value_lambda
+    batch = {  # (T, N, ...) each
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
-        "advantages": advantages, "returns": returns, "values": rollout.values,
+        "advantages": gae(*inputs, args.gamma, args.gae_lambda), "values": rollout.values,
+        "returns": gae(*inputs, args.gamma, value_lambda) + rollout.values,
     }  # fmt: skip
-    parts = all_ranks(batch)  # one, or with torchrun that of each process; (T, N, ...) each, now flattened to rows
+    parts = all_ranks(batch)  # one, or with torchrun that of each process; flattened to rows:
     batch = {name: torch.cat([part[name] for part in parts], dim=1).flatten(0, 1).to(state.device) for name in batch}
     advantages, returns, errors = batch["advantages"], batch["returns"], batch["returns"] - batch["values"]
     batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -359,8 +438,8 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     actor_optimizer.begin_update(args.learning_rate)
     critic_optimizer.begin_update(args.critic_learning_rate or args.learning_rate)
     metrics: dict[str, float] = {}
-    # `share` calls state.descend_all, which follows; with torchrun all processes share its work.
-    for sums in share(state.descend_all, state.optimizers, batch, minibatches, args):
+    # Both networks, which share no weights, at the same time; with torchrun in several processes. See `descend`, below.
+    for sums in descend_in_ranks(state, batch, minibatches, args):
         metrics |= means(sums)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -368,39 +447,23 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     return {**metrics, "explained_variance": explained}
 
 
-def descend_all(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
-    """`descend` for actor and critic, which share no weights, at the same time; or for one of them, see `share`.
-
-    With --cuda a CudaGraph does it.
-    """
-    scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name) or 0.0) for name in SCALARS}
-    args = dataclasses.replace(args, **scalars)  # as tensors, so that a recording sees them change
-    for optimizer in optimizers:
-        record(optimizer, batch, minibatches, args)  # on the CPU: sets optimizer.recording, a faster flat_gradient
-    first, *others = optimizers
-    # In a new thread MKL takes all cores, until torch has looked how many it may have (-9 % update time, 64-64 nets).
-    with ThreadPoolExecutor(1, initializer=torch.get_num_threads) as pool:
-        sums = [pool.submit(descend, other, batch, minibatches, args) for other in others]
-        return [descend(first, batch, minibatches, args), *(each.result() for each in sums)]
-
-
 @torch.no_grad()
-@torch.jit.optimized_execution(False)  # else recordings have other bits
+@torch.jit.optimized_execution(False)  # as in `record`
 def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
     """A step of Adam for each minibatch, a row of indices into batch.
 
     Returns "steps", how many were taken, and the sum of each metric over them.
     """
-    gradient_of, rows = optimizer.recording or flat_gradient, []
+    gradient_of, rows = optimizer.recording or flat_gradient, []  # the first: faster, with the same bits; see `record`
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
-        if args.target_kl is not None and "approx_kl" in metrics:  # before the step, as in SB3
+        if args.target_kl is not None and "approx_kl" in metrics:  # the actor; before the step, as in SB3
             optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = optimizer.take_step(gradient, args.max_grad_norm)
         rows.append(torch.stack([1 - optimizer.stopped, *metrics.values()]))
         if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.stopped:  # on a GPU, asking means waiting
             break
-    table = torch.stack(rows)  # in rows beyond target_kl, where no step was taken, may be NaN
+    table = torch.stack(rows)  # where no step was taken, for target_kl, a row may hold NaN
     sums = torch.where(table[:, :1] > 0, table, 0.0).sum(0)
     return dict(zip(("steps", *metrics), sums))
 
@@ -413,81 +476,23 @@ def flat_gradient(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Ar
     return torch.cat([g.flatten() for g in gradients]), metrics
 
 
-# ---- Rollout ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Rollout:
-    """What the environments did in num_steps steps, and what `collect` makes of it. T = num_steps, N = num_envs.
-
-    On the CPU, except obs, normalized_obs, actions and logprobs, which `collect` leaves on the networks' device.
-    """
-
-    obs: Tensor  # (T + 1, N, obs_dim) raw, float64; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, obs_dim) raw, float64; an episode's last; only in rows that end one
-    actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
-    rewards: Tensor  # (T, N) raw; `collect` replaces them by those that training uses
-    terminated: Tensor  # (T, N) bool
-    truncated: Tensor  # (T, N) bool
-    restarted: Tensor  # (N,) bool; the episode before row 0 was lost, by a resume or a fault, and a new one began
-    episodes: list[dict[str, Any]]  # those that ended, of all processes: global_step, env, return, length, fell
-    # What `collect` adds:
-    normalized_obs: Tensor = field(init=False)  # (T + 1, N, obs_dim), for the networks
-    logprobs: Tensor = field(init=False)  # (T, N) of the policy that acted
-    values: Tensor = field(init=False)  # (T, N)
-    next_values: Tensor = field(init=False)  # (T, N), see gae
-
-
-def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
-    """Divides `rewards` (T, N) by the standard deviation of all discounted returns so far, and clips them to +-10.
-
-    37 details, continuous control nos. 8 and 9. Unlike in CleanRL, the rollout's returns are merged first, and one
-    number divides all its rewards. (`training_rewards`, further down, calls this.)
-    """
-    goes_on = (~(rollout.terminated | rollout.truncated)).numpy()
-    carried = state.discounted_return.numpy() * ~rollout.restarted.numpy()
-    sums = rewards.double().numpy()  # discounted, of past rewards; in NumPy: torch takes six times as long here
-    for t in range(len(sums)):
-        sums[t] += gamma * carried
-        carried = sums[t] * goes_on[t]
-    state.discounted_return = torch.from_numpy(carried)
-    state.return_statistics.update(torch.from_numpy(sums).view(-1, 1))
-    variance = state.return_statistics.var
-    std = torch.where(variance > 0, variance, 1.0).sqrt()  # 0: all returns were equal
-    return (rewards / std).clamp(-REWARD_CLIP, REWARD_CLIP).float()
-
-
-@torch.no_grad()
-def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
-    """Lets every environment take num_steps steps with the current policy.
-
-    The workers act with a NumPy copy of the actor and with noise drawn here: one message to each for a rollout. The
-    agent itself then computes values and log probabilities of all steps at once, so that the update's first ratios are
-    1. Actions are stored unclipped. Raises TrainingError where a rollout fails.
-    """
-    agent = state.agent
-    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # each process draws for all
-    noise = agent.distribution.noise(state.noise_rng, *shape)
-    rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
-    state.global_step += args.batch_size * world_size()
-    rollout.rewards = training_rewards(state, rollout, args)  # scale_rewards, and more for some environments
-    rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
-    rollout.normalized_obs = x = agent.normalizer(rollout.obs)
-    rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
-    values = agent.value(x).cpu()  # gae has many small steps, which a GPU would be slow to start
-    rollout.values, rollout.next_values = values[:-1], values[1:].clone()
-    final_obs = rollout.final_obs[rollout.truncated].to(state.device)
-    rollout.next_values[rollout.truncated] = agent.value(agent.normalizer(final_obs)).cpu()
-    return rollout
+def means(sums: Tensors) -> dict[str, float]:
+    """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
+    steps, *values = torch.stack(list(sums.values())).tolist()
+    metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"losses/{name} is {value}")
+    return metrics
 
 
 # ---- Train -----------------------------------------------------------------------------------------------------------
 
 
 def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None, new: bool = True) -> int | None:
-    """Trains a `new` run (that begins with the networks of checkpoint `saved`, if given), or continues the saved one.
+    """Trains a new run (with the networks of checkpoint `saved`, if given), or, if not `new`, goes on from `saved`.
 
-    Returns the signal that stopped it, or None.
+    Returns the signal that stopped it, or None if it finished.
     """
     folder = folder.absolute()  # an environment may change the working directory
     set_up_torch()
@@ -496,13 +501,13 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
         state.agent.load_state_dict(saved["agent"])
     elif saved:
         state.load_share(saved)
-    envs = VecEnv(args, task, state.envs)  # the last: where the environments are; each rollout changes it
+    envs = VecEnv(args, task, state.envs)  # the last: a snapshot of where they are, which each rollout changes
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
-        save(state, log)
+        save(state, log)  # at once, so that --resume finds a checkpoint whenever the run is stopped
         while state.global_step < args.total_timesteps and not stopped():
-            log.lap("files")  # the time since the last lap: files and evaluations
+            log.lap("files")  # starts the clock of the rollout: files and evaluations are no training time
             now = scheduled(args, state.global_step, state.shown)  # the arguments of this iteration
             rollout = collect(envs, state, now)
             log.lap("rollout")
@@ -515,11 +520,11 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
                 evaluate(envs, state, log)
             if should_save(state):
                 save(state, log)
-        save(state, log)
+        save(state, log)  # the trained networks, in case the tests below fail
         if not stopped():
             deliver(envs, state, log)
         plot_learning_curve(state, log)
-        save(state, log)
+        save(state, log)  # with the results of the tests
     return None if state.finished else stopped()  # a signal after the end has changed nothing
 
 
@@ -592,8 +597,8 @@ class TrainingError(Exception):
 def scheduled(args: Options, global_step: int, shown: float | None = None) -> Options:
     """The arguments of the iteration that starts at `global_step`; the README says why they change.
 
-    Learning rates and entropy bonus follow the clock. The others follow what the policy has `shown`, from 0 to 1
-    (note_returns), or the clock where no goal above 0 is known: the price of a fall grows in equal ratios, the action
+    Learning rates and entropy bonus follow global_step. The others follow what the policy has `shown`, from 0 to 1
+    (note_returns), or global_step where no goal above 0 is known: the price of a fall grows geometrically, the action
     cost with the square until half of the way.
     """
     progress = min(global_step / args.total_timesteps, 1)
@@ -613,7 +618,7 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
 
 
 def note_returns(state: State, rollout: Rollout) -> None:
-    """Keeps state.shown: the best smoothed training return so far as a share of nearly the goal, 0 to 1.
+    """Keeps state.shown: the best smoothed training return so far / (0.95 x goal), from 0 to 1.
 
     What a fall or strength costs follows it: at a high price a policy that cannot walk yet learns to stand still, which
     pays about nothing.
@@ -635,7 +640,7 @@ def training_rewards(state: State, rollout: Rollout, args: Options) -> Tensor:
 
 
 def average_weights(state: State, args: Options) -> None:
-    """Keeps the mean of the weights since the last --swa-share of training began (Izmailov et al., arXiv:1803.05407).
+    """Keeps the mean of the weights and of the normaliser since the last --swa-share began (arXiv:1803.05407).
 
     Late in training a minibatch's gradient is nearly all noise, and the weights wander about what they have learned.
     """
@@ -651,7 +656,7 @@ def average_weights(state: State, args: Options) -> None:
 class FlatAdam:
     """Adam on one flat tensor that the parameters are views of, instead of many little ones (-15 % update time).
 
-    So the agent must be on its device already: what replaces a parameter's data later would no longer be trained.
+    Move the agent to its device before: a parameter whose .data is replaced later is not trained any more.
     """
 
     def __init__(self, parameters: list[nn.Parameter], agent: Agent, loss_of: Callable[..., Any], ranks: range) -> None:
@@ -660,7 +665,7 @@ class FlatAdam:
         nn.utils.vector_to_parameters(self.flat, parameters)  # sets each p.data to its view
         zero, zeros = torch.zeros((), device=self.flat.device), torch.zeros_like(self.flat)
         self.state = {"step": zero, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-        self.stopped = zero.clone()  # while it is 1, Adam takes no step (torch's found_inf)
+        self.stopped = zero.clone()  # 1 beyond target_kl: Adam takes no more steps (torch's found_inf)
         self.learning_rate: Any = 0.0
         self.group = dist.new_group(list(ranks)) if len(ranks) > 1 else None  # of the processes that train it together
         self.recording: Callable[..., tuple[Tensor, Tensors]] | None = None  # these two: record
@@ -684,7 +689,7 @@ class FlatAdam:
             [self.flat], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=self.learning_rate,
             beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0,  # eps: 37 details, no. 3
             amsgrad=False, maximize=False, found_inf=self.stopped,
-            grad_scale=((norm + 1e-6) / max_grad_norm).clamp(min=1.0),  # divides the gradient, in place
+            grad_scale=((norm + 1e-6) / max_grad_norm).clamp(min=1.0),  # clip_grad_norm_: divides the gradient in place
         )  # fmt: skip
         return norm
 
@@ -747,7 +752,7 @@ TEST_SEEDS, SELECTION_SEEDS, TRAINING_SEEDS = 0, 2**29, 2**30
 def episode_seed(seed: int, env: int, episode: int) -> int:
     """The reset seed of a training episode. With its actions it is all that it takes to have the episode again."""
     sequence = np.random.SeedSequence(seed, spawn_key=(0, env, episode))
-    return TRAINING_SEEDS | int(sequence.generate_state(1)[0]) >> 2
+    return TRAINING_SEEDS | (int(sequence.generate_state(1)[0]) >> 2)
 
 
 @dataclass(frozen=True)
@@ -796,7 +801,7 @@ def make_task(args: Options) -> Task:
     unknown = Task(1, np.zeros(1), np.zeros(1), None, None)
     with closing(VecEnv(one, unknown, new_snapshot(1, 1))) as envs, refuse(f"--env-id {args.env_id}"):
         try:
-            (result,) = envs.ask("inspect", None)
+            (result,) = envs.ask("inspect", None)  # without a policy
         except BaseException:  # also Ctrl-C; it may hang
             for process in envs.processes:
                 process.kill()
@@ -937,7 +942,7 @@ def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None]
 
 # ---- The acting policy -----------------------------------------------------------------------------------------------
 
-TILE = 4
+TILE = 4  # rows of a matrix product, see Policy
 
 
 def clip(x: np.ndarray, low: Any, high: Any) -> np.ndarray:
@@ -1297,7 +1302,7 @@ class VecEnv(AsyncVectorEnv):
         self.processes, self.parent_pipes, self.closed = [], [], True
 
     def call(self, name: str, weights: Tensors, *args: Any) -> list[Any]:
-        """Calls a method of every worker, to act with these weights. After a fault, new workers take over."""
+        """`ask` with a Policy of these weights. After a fault, again with new workers; at last raises TrainingError."""
         acting = Policy(weights, self.args.activation, self.task.low, self.task.high)
         faults: list[str] = []
         while True:
@@ -1307,8 +1312,8 @@ class VecEnv(AsyncVectorEnv):
                 fault = str(error)
             self.close()
             self.restarts += 1
-            shown, faults = fault in faults and "\n" in fault, [*faults, fault]  # the same traceback again
-            if shown or len(faults) == MAX_FAULTS:
+            again, faults = fault in faults and "\n" in fault, [*faults, fault]  # the same traceback
+            if again or len(faults) == MAX_FAULTS:
                 text = one_line(ValueError(re.split(r"\n\s[^\n]*(?=\n)", fault)[-1]))  # of a traceback the error itself
                 raise TrainingError(f"gave up after {len(faults)} attempts without progress: {text}")
             say(f"warning: {fault}; starting new workers where the last rollout ended", any_rank=True)
@@ -1605,31 +1610,24 @@ def trainers(network: int) -> range:
     return range(network, world_size(), 2)
 
 
-def share(
-    descend_all: Callable[..., list[Tensors]],
-    optimizers: Sequence[FlatAdam],
-    batch: Tensors,
-    minibatches: Tensor,
-    args: Args,
-) -> list[Tensors]:
-    """What descend_all(optimizers, batch, minibatches, args) returns, computed by all processes.
+def descend_in_ranks(state: State, batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
+    """What state.descend_all returns for both networks, computed by all processes.
 
     With two, one trains the actor, the other the critic, and they send nothing between two minibatches. With more,
     those of one network divide the rows of each minibatch, and take a step down the mean of their gradients.
     """
     if world_size() == 1:
-        return descend_all(optimizers, batch, minibatches, args)
-    network = rank() % 2
-    group = trainers(network)
+        return state.descend_all(state.optimizers, batch, minibatches, args)
+    group, optimizer = trainers(rank() % 2), state.optimizers[rank() % 2]
     size = minibatches.shape[1] // len(group)  # odd numbers of processes may leave out a row or two
-    mine = minibatches[:, group.index(rank()) * size :][:, :size]
-    (sums,) = descend_all([optimizers[network]], batch, mine, args)
-    parts = all_ranks((sums, optimizers[network].tensors() if rank() < 2 else []))
-    for optimizer, (_, tensors) in zip(optimizers, parts):
-        for own, new in zip(optimizer.tensors(), tensors):
+    rows = minibatches[:, group.index(rank()) * size :][:, :size]
+    (sums,) = state.descend_all([optimizer], batch, rows, args)
+    parts = all_ranks((sums, optimizer.tensors() if rank() < 2 else []))
+    for each, (_, tensors) in zip(state.optimizers, parts):
+        for own, new in zip(each.tensors(), tensors):
             own.copy_(new)
-    groups = [[parts[i][0] for i in trainers(network)] for network in (0, 1)]
-    return [{name: sum(part[name] for part in group) / len(group) for name in group[0]} for group in groups]
+    by_network = [[parts[i][0] for i in trainers(network)] for network in (0, 1)]
+    return [{name: sum(part[name] for part in some) / len(some) for name in some[0]} for some in by_network]
 
 
 def join_ranks(argv: Sequence[str]) -> None:
@@ -1668,23 +1666,6 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
 # ---- Fast updates: recordings and CUDA graphs ------------------------------------------------------------------------
 
 
-class Tanh(nn.Module):
-    """nn.Tanh, to 5e-7. Torch takes MKL's on the CPU, which on AMD processors is four times as slow as this one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.tanh() if x.is_cuda else 2 * torch.sigmoid(2 * x) - 1
-
-
-def means(sums: Tensors) -> dict[str, float]:
-    """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
-    steps, *values = torch.stack(list(sums.values())).tolist()
-    metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise TrainingError(f"losses/{name} is {value}")
-    return metrics
-
-
 # Arguments that may change in each update, in ours or in an edited loss, which gets them as tensors.
 SCALARS = "ent_coef", "clip_coef", "learning_rate", "critic_learning_rate", "gamma"
 
@@ -1695,7 +1676,7 @@ def fixed_args(args: Args) -> dict[str, Any]:
 
 
 @torch.no_grad()  # or TorchScript prepares for a backward pass
-@torch.jit.optimized_execution(False)  # or addmm becomes mm and add, with other bits
+@torch.jit.optimized_execution(False)  # else addmm becomes mm and add, with other bits
 def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> None:
     """On the CPU: makes optimizer.recording of the operations of flat_gradient, which TorchScript plays.
 
@@ -1732,9 +1713,8 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
             recording = torch.jit.trace(recording, inputs, check_trace=False)  # it knows no LayerNorm, for example
         other = dataclasses.replace(args, **{name: 1.1 * getattr(args, name) + 0.01 for name in SCALARS})
-        copies, own_metrics = play(optimizer, batch, minibatches[-1], other)
-        inputs = minibatches[-1], *(getattr(other, name) for name in SCALARS), *batch.values()
-        for copied, value in zip((copies, *own_metrics.values()), gradient(*inputs), strict=True):
+        played, direct = (f(optimizer, batch, minibatches[-1], other) for f in (play, flat_gradient))
+        for copied, value in zip((played[0], *played[1].values()), (direct[0], *direct[1].values()), strict=True):
             if not torch.allclose(copied, value, rtol=0, atol=0, equal_nan=True):
                 raise ValueError("with another minibatch it does not have the loss's values")
         optimizer.recording = play
@@ -1743,6 +1723,19 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         text = f"warning: updates take twice as long, for {name} cannot be recorded: {one_line(error)}"
         say(text, any_rank=rank() == 1)  # which trains the critic
         optimizer.recording = flat_gradient  # which is not tried again
+
+
+def descend_all(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Tensor, args: Args) -> list[Tensors]:
+    """On the CPU: `descend` for actor and critic at the same time, or for one of them. With --cuda see CudaGraph."""
+    scalars: dict[str, Any] = {name: torch.tensor(getattr(args, name) or 0.0) for name in SCALARS}
+    args = dataclasses.replace(args, **scalars)  # as tensors, so that a recording sees them change
+    for optimizer in optimizers:
+        record(optimizer, batch, minibatches, args)  # sets optimizer.recording, a faster flat_gradient
+    first, *others = optimizers
+    # In a new thread MKL takes all cores, until torch has looked how many it may have (-9 % update time, 64-64 nets).
+    with ThreadPoolExecutor(1, initializer=torch.get_num_threads) as pool:
+        sums = [pool.submit(descend, other, batch, minibatches, args) for other in others]
+        return [descend(first, batch, minibatches, args), *(each.result() for each in sums)]
 
 
 class CudaGraph:
@@ -1882,8 +1875,7 @@ class State:
         if device == self.device:
             return self
         moved = State(self.args, self.task, device)
-        moved.load(self.state_dict())
-        moved.envs = self.envs  # the workers' snapshot
+        moved.load(self.state_dict())  # which has the workers' snapshot itself, not a copy
         return moved
 
     def wall_time(self) -> float:
@@ -1920,13 +1912,13 @@ class State:
         self.load({**saved, "discounted_return": own.pop("discounted_return"), "envs": own})
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Raises UserError if `saved` does not fit this agent and environment."""
+        """Takes over what state_dict gave. Raises UserError if it does not fit this agent and environment."""
         with refuse("the checkpoint does not fit"):
-            own = kind({**self.state_dict(), "args": saved["args"]})
+            expected = kind({**self.state_dict(), "args": saved["args"]})
             row, chunk = kind(self.best["evaluation"]), torch.empty(0, self.task.action_dim)
             grown = [kind(evaluation) == row for evaluation in saved["evaluations"]]
             grown += [kind(actions[:0]) == kind(chunk) for actions in itertools.chain(*saved["envs"]["actions"])]
-            if kind(saved) != own or not all(grown):
+            if kind(saved) != expected or not all(grown):
                 raise ValueError("its entries, or their types or shapes, are others")
             for name, own in vars(self).items():
                 if isinstance(own, nn.Module):
@@ -1941,7 +1933,7 @@ class State:
         self.finished = False
 
 
-# (The last two: an environment may get a goal, or lose it, while a run is interrupted.)
+# A number or None. The last two: an environment may get a goal, or lose it, while a run is interrupted.
 MAY_BE_NONE = "solved_at_step", "solved_at_s", "smoothed_return", "shown", "frac_solved"
 
 
@@ -2066,8 +2058,7 @@ def read_checkpoint(where: str | Path, policy: bool = False, runs_dir: str = "ru
         path = max(Path(runs_dir).glob("*/checkpoint.pt"), key=os.path.getmtime, default=path / "none").parent
     paths = [path, path.with_name("checkpoint.previous.pt")] if path.name == "checkpoint.pt" else [path]
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        names = ["best.pt"] * policy + ["checkpoint.pt", "checkpoint.previous.pt"]
-        paths = [path / name for name in names]
+        paths = [path / name for name in ["best.pt"] * policy + ["checkpoint.pt", "checkpoint.previous.pt"]]
     complaints: list[str] = []
     for path in filter(os.path.lexists, paths):
         try:
@@ -2100,7 +2091,8 @@ def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
 def load_policy(where: str | Path) -> Policy:
     """A run folder (its best policy) or a checkpoint -> a function from raw observations to deterministic actions.
 
-    (obs_dim,) -> (action_dim,), or (n, obs_dim) -> (n, action_dim), float32, ready for env.step().
+    Box actions: (obs_dim,) -> (action_dim,) or (n, obs_dim) -> (n, action_dim), float32. Discrete ones: () or (n,),
+    int64. Ready for env.step().
     Raises UserError if there is no intact checkpoint.
     """
     return policy_of(read_checkpoint(where, policy=True)[1])
@@ -2153,13 +2145,13 @@ def play_seeds(envs: VecEnv, state: State, weights: Tensors, first: int, count: 
 
 
 def evaluate(envs: VecEnv, state: State, log: Log) -> None:
-    """A periodic evaluation, on fresh selection seeds: keeps the best policies, notes when the task is solved."""
+    """A periodic evaluation, on fresh selection seeds: keeps the best policy, notes when the task is solved."""
     goal, weights = state.task.goal, copy.deepcopy(state.agent.state_dict())
     episodes: Episodes = []
     for count in ROUNDS:
         part = play_seeds(envs, state, weights, SELECTION_SEEDS + state.selection_episodes, count)
         state.selection_episodes += count
-        episodes = part if count == ROUNDS[-1] else episodes + part  # a hundred count alone: they decided nothing
+        episodes = part if count == ROUNDS[-1] else episodes + part  # the last round counts alone: it decided nothing
         if count < ROUNDS[-1]:
             state.selection_steps += sum(length for _, length, *_ in part)
         if goal is None or state.solved_at_step is not None or summarize(episodes, goal)["mean"] < goal:
@@ -2276,8 +2268,6 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tupl
 
 def say(message: str, any_rank: bool = False) -> None:
     """One line on stderr, above a progress bar if there is one, and in log.txt; of rank 0 only, unless `any_rank`."""
-    from tqdm import tqdm
-
     if rank():
         if any_rank:
             print(f"rank {rank()}: {message}", file=sys.stderr)
@@ -2290,8 +2280,6 @@ def say(message: str, any_rank: bool = False) -> None:
 
 def progress_bar(total: int, initial: int, unit: str, show: bool = True) -> Any:
     """Of rank 0 only. One that counts episodes disappears when it is full."""
-    from tqdm import tqdm
-
     tqdm.monitor_interval = 0  # no thread beside the forks
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no redrawing
     how: Any = {"dynamic_ncols": True, "leave": unit == "step", "disable": rank() > 0 or not show}
@@ -2300,8 +2288,7 @@ def progress_bar(total: int, initial: int, unit: str, show: bool = True) -> Any:
 
 def should_save(state: State) -> bool:
     """A wall-clock cadence that costs at most a hundredth of the time, whatever the disk."""
-    due = time.perf_counter() - state.saved_at > max(2.0, 100 * state.save_cost)
-    return bool(max(all_ranks(torch.tensor(int(due)))))
+    return any(all_ranks(time.perf_counter() - state.saved_at > max(2.0, 100 * state.save_cost)))
 
 
 def save(state: State, log: Log) -> None:
@@ -2638,6 +2625,10 @@ def set_up_torch() -> None:
         torch.set_num_threads(1)  # these matrices are too small to share; more threads only wait for each other
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    # Else glibc gives large arrays back at once, and gets their memory anew page by page (8,192 values: 14 ms, now 5).
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**28)
     # In a forked process, torch makes autograd's engine anew at its first use. Two threads at once would crash in it.
     torch.ones((), requires_grad=True).square()
 
@@ -2738,7 +2729,7 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
     main_thread = threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
     try:
-        yield lambda: int(max(all_ranks(torch.tensor(received[0] if received else 0)))) or None
+        yield lambda: max(all_ranks(received[0] if received else 0)) or None
     finally:
         timer.cancel()
         if received:

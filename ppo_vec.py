@@ -276,7 +276,7 @@ class Rollout:
     obs: Tensor  # (T + 1, N, obs_dim) raw, float64; the last row is the observation after the rollout
     final_obs: Tensor  # (T, N, obs_dim) raw, float64; an episode's last, in rows that end one; else anything
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
-    rewards: Tensor  # (T, N) raw; `collect` replaces them by those that training uses
+    rewards: Tensor  # (T, N) raw, float64; `collect` replaces them by those that training uses
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
     restarted: Tensor  # (N,) bool; the episode before row 0 was lost, by a resume or a fault, and a new one began
@@ -617,7 +617,7 @@ def note_returns(state: State, rollout: Rollout) -> None:
 def training_rewards(state: State, rollout: Rollout, args: Options) -> Tensor:
     """The (T, N) rewards that training uses: the raw ones less the action cost, scaled; a fall has its own price."""
     effort = rollout.actions.abs().clamp(max=1).sum(-1)
-    rewards = scale_rewards(state, rollout.rewards - args.action_cost * effort, rollout, args.gamma)
+    rewards = scale_rewards(state, rollout.rewards.float() - args.action_cost * effort, rollout, args.gamma)
     if args.fall_reward is not None:
         rewards[rollout.terminated & (rollout.rewards <= FALL)] = args.fall_reward
     return rewards
@@ -907,7 +907,14 @@ def seed_everything(env: gym.Env, seed: int) -> None:
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
     if not isinstance(env, Walker):  # which has its own generator only
         seed_everything(env, seed)
-    return np.asarray(env.reset(seed=seed)[0], np.float64).ravel()
+    return flat(env.reset(seed=seed)[0], env.observation_space)
+
+
+def flat(obs: Any, space: gym.Space) -> np.ndarray:
+    row = np.asarray(obs, np.float64)
+    if row.size != math.prod(space.shape):  # a single number would fill the row
+        raise ValueError(f"an observation has shape {row.shape}; its space has {space.shape}")
+    return row.ravel()
 
 
 Steps = tuple[np.ndarray, ...]  # four: obs (n, obs_dim), rewards, terminated, truncated (n,)
@@ -919,13 +926,15 @@ def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None]
     if isinstance(envs[0], Walker):
         beat()
         return step_walkers(envs, actions)
-    space, steps = envs[0].action_space, []
+    space, seen, steps = envs[0].action_space, envs[0].observation_space, []
+    if space.dtype.kind in "iu":
+        actions = np.rint(actions)  # a cast alone would round to zero
     for env, row in zip(envs, actions):
         steps.append(env.step(row.reshape(space.shape).astype(space.dtype)[()]))  # [()]: a scalar for Discrete
         beat()
     obs, rewards, terminated, truncated, _ = zip(*steps)
-    obs = np.stack([np.asarray(o, np.float64).ravel() for o in obs])
-    numbers = (rewards, np.float32), (terminated, bool), (truncated, bool)
+    obs = np.stack([flat(each, seen) for each in obs])
+    numbers = (rewards, np.float64), (terminated, bool), (truncated, bool)
     return obs, *(np.array([np.asarray(v, dtype).item() for v in values], dtype) for values, dtype in numbers)
 
 
@@ -1239,7 +1248,7 @@ class VecEnv(AsyncVectorEnv):
         T, N, A, D = args.num_steps, args.num_envs, task.action_dim, task.obs_dim
         specs = {
             "obs": ((T + 1, N, D), np.float64), "final_obs": ((T, N, D), np.float64),  # an offset costs no digits
-            "actions": ((T, N, A), np.float32), "noise": ((T, N, A), np.float32), "rewards": ((T, N), np.float32),
+            "actions": ((T, N, A), np.float32), "noise": ((T, N, A), np.float32), "rewards": ((T, N), np.float64),
             "terminated": ((T, N), np.bool_), "truncated": ((T, N), np.bool_), "restarted": ((N,), np.bool_),
             "episode": ((N,), np.int64), "returns": ((N,), np.float64),  # for the next snapshot
             "beats": ((self.num_workers,), np.int64),
@@ -1404,7 +1413,7 @@ def usable_cores() -> int:
     with contextlib.suppress(OSError, ValueError):  # a container's share of the machine; no number: all of it
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, math.ceil(quota / period))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else cores)
 
 
 # ---- Walkers ---------------------------------------------------------------------------------------------------------
@@ -1572,8 +1581,8 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes train together. (Without RANK, WORLD_SIZE is not torchrun's.)"""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def all_ranks(value: Any) -> list[Any]:
@@ -2084,7 +2093,7 @@ def load_policy(where: str | Path) -> Policy:
     """A run folder (its best policy) or a checkpoint -> a function from raw observations to deterministic actions.
 
     Box actions: (obs_dim,) -> (action_dim,) or (n, obs_dim) -> (n, action_dim), float32. Discrete ones: () or (n,),
-    int64. Ready for env.step().
+    int64. Ready for env.step(), which may want its own shape: training reshapes to it, and rounds to whole numbers.
     Raises UserError if there is no intact checkpoint.
     """
     return policy_of(read_checkpoint(where, policy=True)[1])
@@ -2213,13 +2222,16 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     falls = float(np.mean([fell for _, _, fell, _ in test]))
     log.scalars(step, {"test/return": result["mean"], "test/fall_rate": falls, "test/last_return": last_result["mean"]})
     write_episodes(log.folder, test)
-    if args.capture_video:
-        policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
-        path, strip = record_video(args, policy, log.folder, TEST_SEEDS)
-        log.picture("video", step, strip)
-        say(f"video: {path}")
     state.finished = True
     write_results(envs, state, log.folder, result, last_result)
+    if args.capture_video:
+        policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
+        try:
+            path, strip = record_video(args, policy, log.folder, TEST_SEEDS)
+            log.picture("video", step, strip)
+            say(f"video: {path}")
+        except TrainingError as error:  # which costs no result
+            say(f"warning: no video: {error}")
 
 
 def write_episodes(folder: Path, episodes: Episodes) -> None:
@@ -2279,7 +2291,9 @@ def progress_bar(total: int, initial: int, unit: str, show: bool = True) -> Any:
     tqdm.monitor_interval = 0  # no thread beside the forks
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no redrawing
     how: Any = {"dynamic_ncols": True, "leave": unit == "step", "disable": rank() > 0 or not show}
-    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, **how)
+    with contextlib.suppress(OSError):  # it draws itself at once: as in `say`
+        return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, **how)
+    return tqdm(disable=True)
 
 
 def should_save(state: State) -> bool:
@@ -2344,7 +2358,8 @@ class Log:
                 file.truncate(min(state.log_sizes[name], file.tell()))
                 if file.seek(0, os.SEEK_END) == 0:  # new, or lost
                     file.write(header)
-        tuned = " ".join(f"{flag(k)} {getattr(self.args, k)}" for k in TUNED.get(self.args.env_id, ()))
+        best = TUNED.get(self.args.env_id, {}).items()
+        tuned = " ".join(f"{flag(name)} {value}" for name, value in best if getattr(self.args, name) == value)
         tuned = f"with the tuned {tuned}" if tuned else "with no tuned values"
         say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}, {tuned}")
         if world_size() > 1:
@@ -2462,11 +2477,12 @@ def describe_run(args: Options) -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     with contextlib.suppress(OSError, IndexError):
         cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    starter = ["torchrun", f"--nproc-per-node={world_size()}"] if world_size() > 1 else [Path(sys.executable).name]
     versions = {"torch": torch, "numpy": np, "gymnasium": gym, "box2d": Box2D}
     kernels = {name: os.environ.get(name) for name in ("OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY", "MKL_CBWR")}
     return {
         "args": dataclasses.asdict(args),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([*starter, *sys.argv]), "processes": world_size(),
         "versions": {"python": platform.python_version(), **{k: str(v.__version__) for k, v in versions.items()}},
         "git_commit": commit, "cpu": cpu, "cores": usable_cores(),
         "kernels": {"torch": torch.backends.cpu.get_cpu_capability(), **kernels},
@@ -2519,8 +2535,9 @@ GRACE = 5.0  # seconds that an iteration has to finish after a signal
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what their values must be, in words
     ("num_\\w+|total_timesteps|update_epochs|eval_\\w+", lambda v: v >= 1, "be at least 1"),
     ("\\w+_hidden_sizes", lambda v: all(size >= 1 for size in v), "all be at least 1"),
-    ("(critic_)?learning_rate|clip_coef|max_grad_norm|target_kl|worker_timeout|initial_std",
+    ("(critic_)?learning_rate|clip_coef|max_grad_norm|target_kl|worker_timeout",
         lambda v: 0 < v < math.inf, "be a finite number greater than 0"),
+    ("initial_std", lambda v: 1e-4 <= v <= 1e4, "lie in [1e-4, 1e4]"),
     ("gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     ("swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
     ("anneal_share", lambda v: 0 < v <= 1, "lie in (0, 1]"),
@@ -2528,7 +2545,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what the
     ("\\w+_(coef|cost)|seed", lambda v: 0 <= v < math.inf, "be finite and at least 0"),
     ("(final_)?fall_reward", lambda v: -math.inf < v < 0, "be a finite number less than 0"),
     ("wrappers", lambda v: all(":" in wrapper for wrapper in v), "be module:function"),
-    ("run_name", lambda v: Path(v).name == v != "..", "be a plain folder name"),
+    ("run_name", lambda v: Path(v).name == v != ".." and v.isprintable(), "be a plain folder name"),
+    ("runs_dir", str.isprintable, "be printable"),
 )  # fmt: skip
 
 
@@ -2571,7 +2589,9 @@ def code_flags(args: Options) -> str:
 
 
 def resume_flags(args: Options, folder: Path) -> str:
-    return f"--resume {shlex.quote(str(folder))}{code_flags(args)}"
+    start = f" --start-method {args.start_method}" * (args.start_method != Options.start_method)
+    more = start + " --track" * args.track  # which no checkpoint turns on
+    return f"--resume {shlex.quote(str(folder))}{code_flags(args)}{more}"
 
 
 def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any] | None]:
@@ -2647,7 +2667,7 @@ def choose_device(args: Args) -> torch.device:
 def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) -> None:
     """--evaluate: test episodes of a saved policy on the published environment, on all cores; prints and writes it."""
     # A folder of its own: the run's has the run's own test, and may be another's.
-    target = Path(args.runs_dir) / f"{folder.resolve().name}__evaluation__{time.time_ns() // 10**6}"
+    target = Path(args.runs_dir).absolute() / f"{folder.resolve().name}__evaluation__{time.time_ns() // 10**6}"
     with refuse(f"cannot make the folder {target}; --runs-dir names another place"):
         target.mkdir(parents=True)
     workers = args.num_workers or usable_cores()
@@ -2656,12 +2676,12 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     seeds = range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes)  # no list: a stranger's number may be large
     with closing(VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim))) as envs:
         episodes = envs.play(tree["agent"], seeds, published=True, show=True)
+    write_episodes(target, episodes)
     returns, lengths, fell, efforts = np.array(episodes).T
     text = f"{summary_text(summarize(episodes, task.goal))}, mean length {lengths.mean():.0f}"
     effort = "" if task.choices else f", effort {efforts.mean():.2f}"
     print(f"{args.env_id}, deterministic: {text}{effort}")
     print(f"highest {returns.max():.1f}, {int(fell.sum())} falls; episodes by return:")
-    write_episodes(target, episodes)
     with contextlib.suppress(ValueError):  # equal returns that are too large for ten bins
         for count, edge in zip(*np.histogram(returns, bins=10)):
             print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / len(returns))} {count}")
@@ -2790,7 +2810,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_machine(args, task, tree, new=path is None)
         if tree is not None:
             policy = policy_of(tree)
-            if (task.obs_dim, task.action_dim) != (len(policy.obs_mean), len(policy.low)):
+            if (task.obs_dim, len(task.low)) != (len(policy.obs_mean), len(policy.low)):
                 raise UserError(f"the checkpoint does not fit {args.env_id}: other observations or actions")
             if args.evaluate is not None:
                 if world_size() > 1:

@@ -88,7 +88,8 @@ def read_run(folder: Path, ignore: tuple[str, ...]) -> Run:
     try:
         info = json.loads((folder / name).read_text())
         commit = re.sub("[0-9a-f]{40}", lambda sha: sha[0][:8], str(info["git_commit"]))
-        settings = {k: v for k, v in {**info["args"], "commit": commit}.items() if k not in {*NO_SETTINGS, *ignore}}
+        more = {"commit": commit, "processes": info.get("processes", 1)}
+        settings = {k: v for k, v in {**info["args"], **more}.items() if k not in {*NO_SETTINGS, *ignore}}
         name = "summary.json"
         found = json.loads((folder / name).read_text())
         figures = {k: np.inf if found[k] is None and k.startswith("solved") else float(found[k]) for k in FIGURES}

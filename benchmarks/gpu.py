@@ -143,7 +143,7 @@ def stepping(workers: int, envs: int, steps: int, hidden: tuple[int, ...]) -> It
     """Gives a function that takes the reference policy through a rollout: steps a second."""
     args = make_args(hidden, num_envs=envs, num_steps=steps, num_workers=workers)
     state = pv.State(args, TASK, torch.device("cpu"))
-    noise = torch.randn(steps, envs, 4, generator=state.noise_rng).numpy()
+    noise = state.agent.distribution.noise(state.noise_rng, steps, envs, 4).numpy()
     with contextlib.closing(pv.VecEnv(args, TASK, state.envs)) as vec:
         yield lambda: envs * steps / seconds(lambda: vec.rollout(REFERENCE["agent"], noise, 0), 1)[0]
 

@@ -72,9 +72,8 @@ def start(args: pv.Options) -> tuple[pv.State, pv.VecEnv]:
     """A training whose policy walks and goes on doing so."""
     state = pv.State(args, TASK, torch.device("cpu"))
     for name, own in state.agent.state_dict().items():
-        if not name.startswith("critic."):  # the normaliser of older files has more columns
-            flat = TREE["agent"][name].view(-1)[: own.numel()]
-            own.view(-1)[: len(flat)] = flat
+        if not name.startswith("critic."):
+            own.copy_(TREE["agent"][name])
     return state, pv.VecEnv(args, TASK, state.envs)
 
 
@@ -87,7 +86,7 @@ def step_seconds(envs: int, repeats: int) -> float:
     state, vec = start(args)
     policy = pv.Policy(state.agent.state_dict(), args.activation, TASK.low, TASK.high)
     worker = pv.Worker(0, 0, envs, args, vec.task, vec.shared, state.envs)
-    vec.data.noise[...] = torch.randn(vec.data.noise.shape).numpy()
+    vec.data.noise[...] = state.agent.distribution.noise(state.noise_rng, *vec.data.noise.shape).numpy()
 
     def rollout() -> None:
         if isinstance(problem := worker.run("rollout", policy), str):

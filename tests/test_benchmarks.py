@@ -142,8 +142,7 @@ def test_all_trainings_are_plain_ppo_and_walk_as_the_policy_does(bench: throughp
     }  # fmt: skip
     args = bench.args(2)
     assert {name: getattr(args, name, value) for name, value in off.items()} == off
-    weights = bench.tree["agent"]
-    for some in (args, bench.shipped):
+    for some, weights in ((args, bench.tree["agent"]), (bench.shipped, bench.bins["agent"])):
         state, _ = bench.start(some, ppo_vec.make_task(some))
         a, b = (ppo_vec.Policy(w, "tanh", np.zeros(4), np.ones(4)) for w in (state.agent.state_dict(), weights))
         assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("obs_mean", "obs_scale", "fixed"))

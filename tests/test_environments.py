@@ -216,7 +216,7 @@ def test_rollouts_equal_published_environments_stepped_by_hand(env_id: str, num_
             got = {k: data[k][row, i] for k in ("obs", "final_obs", "actions", "rewards", "terminated", "truncated")}
             assert_same(got["obs"], np.array(obs, np.float64), f"{i}, {row}")
             obs, reward, terminated, truncated, _ = env.step(bound * np.clip(got["actions"], -1, 1))
-            length, total = length + 1, total + float(np.float32(reward))
+            length, total = length + 1, total + float(reward)
             assert (got["rewards"], got["terminated"], got["truncated"]) == (np.float32(reward), terminated, truncated)
             if terminated or truncated:
                 assert_same(got["final_obs"], np.array(obs, np.float64), f"{i}, {row}")
@@ -464,7 +464,7 @@ def by_hand(task: Task, args: Options, arrays: list[np.ndarray], seeds: list[int
             action = policy.env_action(mean)[0]
             effort += 0.0 if task.choices else float(np.abs(np.clip(mean, -1, 1)).mean())
             obs, reward, terminated, truncated, _ = env.step(action)
-            total, length = total + float(np.float32(reward)), length + 1
+            total, length = total + float(reward), length + 1
             done = terminated or truncated or length == task.max_episode_steps
         expected.append((total, length, bool(terminated and reward <= -100), effort / length))
     return expected

@@ -398,7 +398,7 @@ def test_interrupt_while_spawned_workers_import(run: Path) -> None:
     time.sleep(0.5)
     os.killpg(trainer.pid, signal.SIGINT)
     result = trainer.finish().check(130)
-    assert f"\nstopped by SIGINT; continue with: --resume {run}\n" in result.err
+    assert f"\nstopped by SIGINT; continue with: --resume {run} --start-method spawn\n" in result.err
     assert "starting new workers" not in result.err
 
 

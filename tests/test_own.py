@@ -106,6 +106,10 @@ class Point(gym.Env):
             return x, np.array([reward]) if x[0] > 0 else reward, False, done, {}
         if self.kind == "endless":
             return x, reward, False, False, {}
+        if self.kind == "seven":
+            return x, 0.7 if done else 0.0, done, False, {}
+        if self.kind == "later short" and self.t > 4:
+            return x[:1], reward, False, done, {}
         return (x.tolist() if self.kind == "list" else x), reward, False, done, {}
 
     def render(self):
@@ -489,3 +493,38 @@ def test_an_offset_of_the_observations_costs_no_digits(tmp_path: Path) -> None:
     policy = ppo_vec.load_policy(tmp_path / "runs" / "run")
     here = normalizer["normalizer.mean"].numpy()
     assert np.abs(policy(here + 0.1) - policy(here)).max() > 1e-4
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_returns_are_sums_of_what_the_environment_gave(tmp_path: Path) -> None:
+    """0.7 in float32 is less: a task with that goal would never count as solved."""
+    assert ppo_vec.main(flags(tmp_path, "seven")) == 0
+    means = [evaluation["mean"] for evaluation in tree(tmp_path)["evaluations"]]
+    assert means
+    assert set(means) == {0.7}
+    rows = (tmp_path / "runs" / "run" / "episodes.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[2] for row in rows} == {"0.7"}
+
+
+def test_an_observation_that_becomes_shorter_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ppo_vec.main(flags(tmp_path, "later short")) == 1
+    assert "an observation has shape (1,); its space has (3,)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_actions_that_are_whole_numbers_are_rounded() -> None:
+    seen: list[int] = []
+
+    class Whole(ppo_vec.gym.Env):
+        observation_space = ppo_vec.gym.spaces.Box(-1, 1, (1,))
+        action_space = ppo_vec.gym.spaces.Box(-2, 2, (1,), np.int64)
+
+        def step(self, action: np.ndarray) -> Any:
+            assert action.dtype == np.int64
+            seen.append(int(action[0]))
+            return np.zeros(1), 0.0, False, False, {}
+
+    actions = np.linspace(-2.4999, 2.4999, 1000, dtype=np.float32)[:, None]
+    ppo_vec.step_envs([Whole()] * 1000, actions)
+    assert [seen.count(number) for number in range(-2, 3)] == [200] * 5

@@ -289,6 +289,16 @@ def test_another_number_of_ranks_goes_on(tmp_path: Path, one: Path, two: Path, a
     assert lengths == [(150 + steps) % 200] * min(4, size * after) + [steps] * (size * after - 4)
 
 
+def test_a_world_size_without_rank_is_not_torchruns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As some launchers leave it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    cores = ppo_vec.usable_cores()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert (ppo_vec.world_size(), ppo_vec.usable_cores()) == (1, cores)
+    assert ppo_vec.main(f"{TINY} --num-envs 2 --runs-dir {tmp_path} --run-name run".split()) == 0
+
+
 @pytest.mark.parametrize(
     ("env", "words"),
     [

@@ -910,7 +910,7 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
     return flat(env.reset(seed=seed)[0], env.observation_space)
 
 
-def flat(obs: Any, space: gym.Space) -> np.ndarray:
+def flat(obs: Any, space: Any) -> np.ndarray:
     row = np.asarray(obs, np.float64)
     if row.size != math.prod(space.shape):  # a single number would fill the row
         raise ValueError(f"an observation has shape {row.shape}; its space has {space.shape}")

@@ -185,6 +185,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--fall-reward -1 --final-fall-reward 0", "--final-fall-reward"), ("--run-name " + "a" * 300, "cannot write"),
     ("--env-id Pendulum-v1 --final-fall-reward -1", "--final-fall-reward needs"),
     ("--state-dependent-std", "--action-bins and --state-dependent-std exclude each other"),
+    ("--initial-std 1e300", "--initial-std must lie in"),
     # Environments
     ("--env-id Nope-v0", "Nope"), ("--env-id BipedalWalker-v2", "BipedalWalker-v3"), ("--env-id=", "--env-id"),
     ("--env-id no_such_module:Nope-v0", "no_such_module"), ("--env-id CartPole-v1 --action-bins 3", "are discrete"),
@@ -219,6 +220,12 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--runs-dir RUN/args.json --run-name x", "cannot write"),
     ("--runs-dir RUN/args.json/deeper --run-name x", "cannot write"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--run-name", "--runs-dir"])
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_name_that_is_not_utf8(flag: str, no_process: None, capfd: Capture) -> None:
+    assert_one_line(main(flag, os.fsdecode(b"a\xffb")), capfd.readouterr(), f"{flag} must be")
 
 
 @pytest.mark.parametrize(("argv", "words"), REFUSED, ids=[argv[:90] for argv, _ in REFUSED])
@@ -696,6 +703,19 @@ def test_args_json(trained: Path) -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["versions"]) >= {"python", "torch", "numpy", "gymnasium", "box2d"}
     assert {"git_commit", "cpu", "cores", "gpu", "kernels"} <= set(found)
+    assert found["processes"] == 1
+
+
+def test_a_stderr_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    """As on a full disk. The progress bar draws itself at once."""
+    small = (
+        "--env-id CartPole-v1 --num-envs 2 --num-steps 16 --num-minibatches 2 --total-timesteps 64 --eval-episodes 1"
+    )
+    command = [sys.executable, ppo_vec.__file__, *small.split(), "--runs-dir", str(tmp_path), "--run-name", "run"]
+    with open("/dev/full", "wb", buffering=0) as full:
+        done = subprocess.run(command, stderr=full, timeout=120)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
 
 
 def test_summary_json_and_evaluation_csv(trained: Path, tiny_run: Path) -> None:

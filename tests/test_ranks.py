@@ -266,6 +266,12 @@ def test_a_dead_worker_of_rank_1_is_replaced_named_and_counted(tmp_path: Path, t
     assert torch.equal(vector(checkpoint(tmp_path / "run")["agent"]), vector(checkpoint(two)["agent"]))
 
 
+def test_a_run_says_how_many_processes_it_had(two: Path) -> None:
+    info = ppo_vec.read_json(two / "args.json")
+    assert (info["processes"], info["args"]["num_envs"]) == (2, 2)
+    assert info["command"].startswith("torchrun --nproc-per-node=2 ")
+
+
 def test_a_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
     ends = stop(tmp_path, 1, "SIGTERM")
     assert [code for code, _ in ends] == [143, 143], ends

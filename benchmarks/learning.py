@@ -44,13 +44,13 @@ SETTINGS = {  # name: flags of ppo_vec.py beside --seed
     "--critic-learning-rate 1e-3 --value-lambda 1 --no-anneal-lr --num-steps 320 --num-minibatches 40 "
     "--update-epochs 10 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.001 --initial-std 1",
     "tutorial": "--actor-hidden-sizes 64 64 64 --critic-hidden-sizes 128 128 --activation relu --clip-vloss "
-    "--initial-std 1 --learning-rate 3.5e-4 --action-bins None",
+    "--initial-std 1 --learning-rate 3.5e-4",
     "sb3-zoo": "",  # benchmarks/sb3_zoo.py: Stable-Baselines3 with the hyperparameters of rl-baselines3-zoo
     # Ablations: the default without one ingredient.
     "no-action-cost": "--num-envs 16 --action-cost 0",
     "natural-price": "--num-envs 16 --fall-reward None --final-fall-reward None",
-    "gaussian": "--num-envs 16 --action-bins None",
-    "std-1": "--num-envs 16 --action-bins None --initial-std 1",
+    "no-bounds-loss": "--num-envs 16 --bounds-loss-coef 0",
+    "std-1": "--num-envs 16 --initial-std 1",
     "no-entropy-bonus": "--num-envs 16 --ent-coef 0",
 }
 

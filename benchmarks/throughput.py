@@ -56,9 +56,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
 ENV_ID, FEW, MANY = "BipedalWalker-v3", 16, 64  # MANY: the larger number of environments
-REFERENCE = ROOT / "runs" / "reference" / ENV_ID  # the policy that acts in our training as shipped
-# The one that acts everywhere else: peers have no other distribution.
-GAUSSIAN = ROOT / "benchmarks" / "results" / "walker-gaussian.pt"
+REFERENCE = ROOT / "runs" / "reference" / ENV_ID  # the policy that acts
 COMMAND = "python ppo_vec.py --num-envs 16 --cuda"  # the README's first
 INSTALL = 'pip install -e ".[bench]"'
 STILL = 1e-8  # the learning rate: all compute as ever, but the policy goes on walking as it does
@@ -114,8 +112,7 @@ class Bench:
     """What all rows share: the policy, the arguments and how long one turn lasts."""
 
     def __init__(self, seconds: float, quick: bool) -> None:
-        self.seconds, self.tree = seconds, pv.read_checkpoint(GAUSSIAN, policy=True)[1]
-        self.bins = pv.read_checkpoint(REFERENCE, policy=True)[1]
+        self.seconds, self.tree = seconds, pv.read_checkpoint(REFERENCE, policy=True)[1]
         self.policy, saved = pv.policy_of(self.tree), pv.saved_args(self.tree, policy=True)
         networks = {k: getattr(saved, k) for k in ("actor_hidden_sizes", "critic_hidden_sizes", "activation")}
         own: dict[str, Any] = {"env_id": ENV_ID, **networks, **({"num_steps": 16} if quick else {})}
@@ -130,10 +127,9 @@ class Bench:
     def start(self, args: pv.Options, task: pv.Task | None = None) -> tuple[pv.State, pv.VecEnv]:
         """A training whose policy walks. Its environments are not started yet, and have to be closed."""
         state = pv.State(args, task or self.task, torch.device("cpu"))
-        tree = self.bins if args.action_bins else self.tree
         for name, own in state.agent.state_dict().items():
             if not name.startswith("critic."):
-                own.copy_(tree["agent"][name])
+                own.copy_(self.tree["agent"][name])
         return state, pv.VecEnv(args, state.task, state.envs)
 
     def worker(self, args: pv.Options, first: int, last: int) -> pv.Worker:

@@ -382,6 +382,7 @@ def test_a_categorical_is_torchs(seed: int, n: int, dims: int, rows: int) -> Non
     chosen = torch.randint(n, (rows, dims), generator=rng)
     ours, theirs = ppo_vec.Categorical(dims, n), torch.distributions.Categorical(logits=out.view(rows, dims, n))
     assert ours.outputs == dims * n
+    assert ours.bounds_loss(out).tolist() == [0.0] * rows
     actions = torch.linspace(-1, 1, n)[chosen]
     expected_pair = theirs.log_prob(chosen).sum(-1), theirs.entropy().sum(-1)
     for found, expected in zip(ours.log_prob_entropy(out, actions), expected_pair):
@@ -420,6 +421,7 @@ def reference_losses(agent: Agent, mb: dict[str, Tensor], args: Options) -> list
     ratio, advantages = logratio.exp(), mb["advantages"].numpy()
     surrogates = [torch.min(r * a, r.clamp(1 - clip, 1 + clip) * a) for r, a in zip(ratio, advantages.tolist())]
     entropy = distribution.entropy().sum(-1)
+    excess = sum(max(abs(m) - 1, 0.0 * m) ** 2 for m in mean.flatten()) / len(mean)
     loss = -sum(surrogates) / len(mean)
     value = agent.critic(mb["obs"])[:, 0]
     errors = (value - mb["returns"]) ** 2
@@ -430,15 +432,15 @@ def reference_losses(agent: Agent, mb: dict[str, Tensor], args: Options) -> list
         "policy_loss": loss, "entropy": entropy.mean(), "old_approx_kl": -logratio.mean(),
         "approx_kl": (ratio - 1 - logratio).mean(), "clipfrac": ((ratio - 1).abs() > clip).float().mean(),
     }  # fmt: skip
-    total = loss - args.ent_coef * entropy.mean()
+    total = loss - args.ent_coef * entropy.mean() + args.bounds_loss_coef * excess
     return [(total, policy_metrics), (errors.mean() / 4, {"value_loss": errors.mean() / 2})]
 
 
-@given(any_seed, *[st.booleans()] * 3)
+@given(any_seed, *[st.booleans()] * 4)
 def test_losses_and_gradients_equal_a_plain_reference(
-    seed: int, clip_vloss: bool, bonus: bool, state_dependent_std: bool
+    seed: int, clip_vloss: bool, bounds: bool, bonus: bool, state_dependent_std: bool
 ) -> None:
-    coefficients = {"clip_vloss": clip_vloss, "ent_coef": 0.1 * bonus}
+    coefficients = {"clip_vloss": clip_vloss, "ent_coef": 0.1 * bonus, "bounds_loss_coef": 0.2 * bounds}
     args = make_args(**coefficients, state_dependent_std=state_dependent_std)
     agent = copy.deepcopy(make_state(args, seed=seed % 1000).agent).double()
     rng = torch.Generator().manual_seed(seed)
@@ -678,7 +680,8 @@ def test_each_network_has_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "state_dependent_std": {"state_dependent_std": True}, "clip_vloss": {"clip_vloss": True},
-    "bins": {"action_bins": 5}, "relu": {"activation": "relu"}, "elu": {"activation": "elu"},
+    "bounds_loss": {"bounds_loss_coef": 0.5}, "bins": {"action_bins": 5},
+    "relu": {"activation": "relu"}, "elu": {"activation": "elu"},
     "target_kl": {"target_kl": 0.02, "learning_rate": 3e-3}, "one": {"num_minibatches": 1}, "discrete": {},
     "wide": {"actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256)},  # more than one block of a product
 }  # fmt: skip

@@ -163,7 +163,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
             ("num-envs num-workers num-steps num-minibatches update-epochs total-timesteps eval-episodes", "0 -1"),
             ("learning-rate critic-learning-rate clip-coef max-grad-norm target-kl initial-std", "0 -1 nan inf"),
             ("gamma gae-lambda value-lambda", "-0.1 1.1 nan"),
-            ("ent-coef action-cost", "-1 nan inf"), ("action-bins", "-1 0 1"),
+            ("ent-coef bounds-loss-coef action-cost", "-1 nan inf"), ("action-bins", "-1 0 1"),
             ("worker-timeout", "0 -1 nan inf"),
             ("swa-share", "-0.1 1 nan"), ("anneal-share", "0 1.1 nan"),
             ("actor-hidden-sizes critic-hidden-sizes", "0 -1"),
@@ -184,7 +184,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--actor-hidden-sizes 64 0", "--actor-hidden-sizes"),
     ("--fall-reward -1 --final-fall-reward 0", "--final-fall-reward"), ("--run-name " + "a" * 300, "cannot write"),
     ("--env-id Pendulum-v1 --final-fall-reward -1", "--final-fall-reward needs"),
-    ("--state-dependent-std", "--action-bins and --state-dependent-std exclude each other"),
+    ("--action-bins 5 --state-dependent-std", "--action-bins and --state-dependent-std exclude each other"),
     ("--initial-std 1e300", "--initial-std must lie in"),
     # Environments
     ("--env-id Nope-v0", "Nope"), ("--env-id BipedalWalker-v2", "BipedalWalker-v3"), ("--env-id=", "--env-id"),

@@ -32,7 +32,7 @@ RATE = 2.0**-9  # exact in float32, as which a graph holds it
 def make_args(**changed: Any) -> Options:
     small: dict[str, Any] = {
         "num_envs": 4, "num_steps": 32, "num_minibatches": 4, "update_epochs": 3, "anneal_lr": False,
-        "learning_rate": RATE, "critic_learning_rate": 2 * RATE, "ent_coef": 2.0**-7,
+        "learning_rate": RATE, "critic_learning_rate": 2 * RATE, "ent_coef": 2.0**-7, "bounds_loss_coef": 0.01,
         "actor_hidden_sizes": (16, 16), "critic_hidden_sizes": (16, 16),
     }  # fmt: skip
     args = Options(**{**small, **changed})

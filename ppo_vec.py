@@ -418,11 +418,11 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """
     agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # they minimise policy_ and value_loss
     inputs = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
-    value_lambda = args.gae_lambda if args.value_lambda is None else args.value_lambda
+    actors = gae(*inputs, args.gamma, args.gae_lambda)  # the actor's advantages; the critic's targets have their own
+    critics = actors if args.value_lambda is None else gae(*inputs, args.gamma, args.value_lambda)
     batch = {  # (T, N, ...) each
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
-        "advantages": gae(*inputs, args.gamma, args.gae_lambda), "values": rollout.values,
-        "returns": gae(*inputs, args.gamma, value_lambda) + rollout.values,
+        "advantages": actors, "returns": critics + rollout.values, "values": rollout.values,
     }  # fmt: skip
     parts = all_ranks(batch)  # one, or with torchrun that of each process; flattened to rows:
     batch = {name: torch.cat([part[name] for part in parts], dim=1).flatten(0, 1).to(state.device) for name in batch}

@@ -110,8 +110,8 @@ class Args:
     max_grad_norm: float = 0.5  # the largest gradient norm, of actor and critic each
     target_kl: float | None = None  # end the actor's update before the minibatch whose approximate KL exceeds this
 
-    action_bins: int | None = None  # choose each number of an action among so many values; None: a Gaussian
     initial_std: float = 0.5  # the standard deviation of the first actions, where -1 and 1 are the bounds
+    min_std: float = 0.0  # after each update, standard deviations below this are raised to it
     state_dependent_std: bool = False  # let the actor also output the log standard deviation, clamped to [-20, 2]
     actor_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the actor's hidden layers
     critic_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the critic's hidden layers
@@ -188,14 +188,13 @@ class Gaussian(nn.Module):
     """A diagonal Gaussian over actions, where -1 and 1 are the action bounds. Samples may lie beyond them.
 
     For another distribution, such as a Beta, write a class with `outputs` and all methods below except mean_logstd, and
-    name it in the line `Distribution = Gaussian`. (`Categorical`, further down, is that of Discrete actions and of
-    --action-bins.)
+    name it in the line `Distribution = Gaussian`.
     """
 
     def __init__(self, action_dim: int, args: Args) -> None:
         super().__init__()
         self.outputs = action_dim * (2 if args.state_dependent_std else 1)  # the number of the actor's outputs
-        self.first_logstd = math.log(args.initial_std)
+        self.first_logstd, self.min_std = math.log(args.initial_std), args.min_std
         logstd = torch.full((action_dim,), self.first_logstd)
         self.logstd = None if args.state_dependent_std else nn.Parameter(logstd)
 
@@ -226,6 +225,12 @@ class Gaussian(nn.Module):
         """
         return (self.mean_logstd(out)[0].abs() - 1).clamp(min=0).square().sum(-1)
 
+    @torch.no_grad()
+    def keep_min_std(self) -> None:
+        """--min-std, which excludes --state-dependent-std."""
+        if self.min_std:
+            self.logstd.clamp_(min=math.log(self.min_std))  # type: ignore[union-attr]
+
     @staticmethod
     def noise(generator: torch.Generator, *shape: int) -> Tensor:
         """Standard noise from which `act` makes a sample. Drawn by the trainer: workers, however many, draw nothing."""
@@ -243,17 +248,16 @@ class Gaussian(nn.Module):
         return out if noise is None else out + std * noise
 
 
-Distribution = Gaussian
+Distribution = Gaussian  # of Box actions; Categorical, further down, is that of Discrete ones
 
 
 class Agent(nn.Module):
     """Actor and critic, two networks that share nothing, and the normaliser of what they see."""
 
-    def __init__(self, obs_dim: int, action_dim: int, args: Args, choices: int | None = None) -> None:
+    def __init__(self, obs_dim: int, action_dim: int, args: Args, discrete: bool = False) -> None:
         super().__init__()
         self.normalizer = Normalizer(obs_dim)
-        choices = choices or args.action_bins  # the first: of Discrete actions
-        self.distribution = Categorical(action_dim, choices) if choices else Distribution(action_dim, args)
+        self.distribution = (Categorical if discrete else Distribution)(action_dim, args)
         sizes = obs_dim, *args.actor_hidden_sizes, self.distribution.outputs
         self.actor = mlp(sizes, args.activation, last_gain=0.01)
         self.critic = mlp((obs_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
@@ -433,13 +437,12 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 
     actor_optimizer.begin_update(args.learning_rate)
     critic_optimizer.begin_update(args.critic_learning_rate or args.learning_rate)
-    metrics: dict[str, float] = {}
     # Both networks, which share no weights, at the same time; with torchrun in several processes. See `descend`, below.
-    for sums in descend_in_ranks(state, batch, minibatches, args):
-        metrics |= means(sums)
+    actor_sums, critic_sums = descend_in_ranks(state, batch, minibatches, args)
+    agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
     explained = float(1 - errors.var() / returns.var()) if returns.var() > 0 else 0.0
-    return {**metrics, "explained_variance": explained}
+    return {**means(actor_sums), **means(critic_sums), "explained_variance": explained}
 
 
 @torch.no_grad()
@@ -573,8 +576,9 @@ TUNED: dict[str, dict[str, Any]] = {
     "LunarLander-v3": {**LANDER, "ent_coef": 0.01},
     "BipedalWalkerHardcore-v3": {
         "total_timesteps": 10_000_000, "num_envs": 64, "learning_rate": 2e-4, "anneal_share": 1.0,
-        "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "action_bins": 11,
+        "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2,
+        "min_std": 0.25,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
@@ -699,45 +703,40 @@ def make_optimizers(agent: Agent) -> tuple[FlatAdam, FlatAdam]:
     return FlatAdam(rest, agent, policy_loss, trainers(0)), FlatAdam(critic, agent, value_loss, trainers(1))
 
 
-# ---- Actions that are chosen among some ------------------------------------------------------------------------------
+# ---- Discrete actions ------------------------------------------------------------------------------------------------
 
 
 class Categorical(nn.Module):
-    """A choice among `choices` evenly spaced values from -1 to 1 for each number of an action (arXiv:1901.10500).
+    """A choice among action_dim discrete actions. In all arrays an action is a one-hot row."""
 
-    With a Gaussian all numbers of an action have the same noise everywhere; here there is none where only one value is
-    right. A Discrete action is a single number, whose values stand for the actions.
-    """
-
-    def __init__(self, action_dim: int, choices: int) -> None:
+    def __init__(self, action_dim: int, args: Args) -> None:
         super().__init__()
-        self.outputs = action_dim * choices
-        self.values: Tensor = nn.Buffer(torch.linspace(-1, 1, choices))
+        self.outputs = action_dim
 
     def initialize(self, last: nn.Linear) -> None: ...
 
     def log_prob_entropy(self, out: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """The log probability of `actions` (..., action_dim) and the entropy, (...) each, in nats."""
-        log_probs = out.unflatten(-1, (-1, len(self.values))).log_softmax(-1)  # (..., action_dim, choices)
-        chosen = actions.unsqueeze(-1) == self.values
-        return (log_probs * chosen).sum((-1, -2)), -(log_probs * log_probs.exp()).sum((-1, -2))
+        """The log probability of one-hot `actions` (..., action_dim) and the entropy, (...) each, in nats."""
+        log_probs = out.log_softmax(-1)
+        return (log_probs * actions).sum(-1), -(log_probs * log_probs.exp()).sum(-1)
 
     def bounds_loss(self, out: Tensor) -> Tensor:
-        return torch.zeros_like(out[..., 0])  # no value lies beyond a bound
+        return torch.zeros_like(out[..., 0])
+
+    def keep_min_std(self) -> None: ...
 
     @staticmethod
     def noise(generator: torch.Generator, *shape: int) -> Tensor:
-        """Uniform in [0, 1): `act` takes the value at which the cumulative probability passes it."""
-        return torch.rand(*shape, generator=generator)
+        """Gumbel noise: the largest of logits plus noise is a sample (Gumbel 1954)."""
+        return -torch.empty(*shape).exponential_(generator=generator).log()
 
     @staticmethod
-    def act(out: np.ndarray, values: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-        """In NumPy: output (n, outputs), noise or None for the likeliest -> actions (n, action_dim), from `values`."""
-        logits = out.reshape(len(out), -1, len(values))
-        if noise is None:
-            return values[logits.argmax(-1)]
-        sums = np.exp(logits - logits.max(-1, keepdims=True)).cumsum(-1)
-        return values[(sums < noise[..., None] * sums[..., -1:]).sum(-1)]
+    def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+        """In NumPy: logits (n, action_dim), noise or None for the likeliest -> one-hot actions (n, action_dim)."""
+        scores = out if noise is None else out + noise
+        actions = np.zeros_like(scores, np.float32)
+        actions[np.arange(len(actions)), scores.argmax(-1)] = 1
+        return actions
 
 
 # ---- Environments ----------------------------------------------------------------------------------------------------
@@ -761,19 +760,18 @@ class Task:
     """What a worker has to know of the environment; found out once, by `make_task`."""
 
     obs_dim: int
-    low: np.ndarray  # (action_dim,) float32 action bounds; of Discrete actions all of them, int64
+    low: np.ndarray  # (action_dim,) float32 action bounds; of discrete actions the actions themselves, int64
     high: np.ndarray
     max_episode_steps: int | None
     goal: float | None  # the return at which the environment counts as solved
 
     @property
-    def choices(self) -> int | None:
-        """How many Discrete actions there are; None: Box actions."""
-        return len(self.low) if self.low.dtype.kind == "i" else None
+    def action_dim(self) -> int:
+        return len(self.low)
 
     @property
-    def action_dim(self) -> int:
-        return 1 if self.choices else len(self.low)
+    def discrete(self) -> bool:
+        return self.low.dtype.kind == "i"
 
 
 def make_env(args: Options, published: bool = False, render: bool = False) -> Any:
@@ -826,8 +824,8 @@ def inspect_env(args: Options) -> Task:
         if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
             kinds = f"{space_name(obs)} observations and {space_name(actions)} actions"
             raise ValueError(f"it has {kinds}; supported are Box, and Discrete actions or Box ones with finite bounds")
-        if discrete and (args.action_bins or args.state_dependent_std):
-            raise ValueError("--action-bins and --state-dependent-std are for Box actions; its actions are discrete")
+        if discrete and (args.min_std or args.state_dependent_std):
+            raise ValueError("--min-std and --state-dependent-std are for Box actions; its actions are discrete")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("it has no render mode rgb_array")
         take_steps(env)
@@ -970,18 +968,15 @@ class Policy:
     def __init__(self, weights: Tensors, activation: str, low: np.ndarray, high: np.ndarray) -> None:
         obs_dim = weights["actor.0.weight"].shape[1]
         logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
-        values = weights.get("distribution.values")
-        if low.dtype.kind == "i" and values is None:  # in older files
-            values = torch.linspace(-1, 1, len(low))
         # (In older files the normaliser has two more columns: the critic's own.)
         self.obs_mean = weights["normalizer.mean"][:obs_dim].cpu().numpy()
         self.obs_scale = (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt().cpu().numpy()
-        arrays: list[Any] = [torch.empty(0) if logstd is None else logstd.exp()] if values is None else [values]
+        arrays: list[Any] = [torch.empty(0) if logstd is None else logstd.exp()]
         arrays += [w.t() for name, w in weights.items() if re.fullmatch(r"actor\.\d+\.(weight|bias)", name)]
-        self.fixed, *layers = (array.detach().cpu().numpy().astype(np.float32, order="C") for array in arrays)
+        self.std, *layers = (array.detach().cpu().numpy().astype(np.float32, order="C") for array in arrays)
         self.layers = list(zip(layers[0::2], layers[1::2]))
         self.activation, self.low, self.high = activation, low, high
-        self.distribution = Distribution if values is None else Categorical
+        self.distribution = Categorical if low.dtype.kind == "i" else Distribution  # see Task
         self.middle = ((high.astype(np.float64) + low) / 2).astype(np.float32)
         self.half = ((high.astype(np.float64) - low) / 2).astype(np.float32)
 
@@ -999,12 +994,12 @@ class Policy:
 
     def sample(self, obs: np.ndarray, noise: np.ndarray | None = None, offset: int = 0) -> np.ndarray:
         """Raw observations (n, obs_dim) and noise (n, action_dim) -> actions; without noise, their mean."""
-        return self.distribution.act(self.forward(obs, offset), self.fixed, noise)
+        return self.distribution.act(self.forward(obs, offset), self.std, noise)
 
     def env_action(self, action: np.ndarray) -> np.ndarray:
-        """Clips to [-1, 1] and maps to the environment's bounds, or to Discrete actions (n,) int64."""
-        if self.low.dtype.kind == "i":
-            return self.low[(action == self.fixed).argmax(-1)]
+        """Clips to [-1, 1] and maps to the environment's bounds; of one-hot rows the chosen actions (n,) int64."""
+        if self.distribution is Categorical:
+            return self.low[action.argmax(-1)]
         action = self.middle + self.half * clip(action, -1, 1)
         return clip(action, self.low, self.high)  # rounding may have gone past the bounds
 
@@ -1040,7 +1035,7 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
     distribution, generator = probe.distribution, torch.Generator().manual_seed(0)
     out = torch.randn(2 * TILE, distribution.outputs, generator=generator).repeat(500, 1)
     noise = distribution.noise(generator, len(out), task.action_dim).numpy()
-    actions = policy.distribution.act(out.numpy(), policy.fixed, noise)
+    actions = policy.distribution.act(out.numpy(), policy.std, noise)
     log_prob, entropy = distribution.log_prob_entropy(out, torch.from_numpy(actions))
     surprise = -log_prob - entropy  # 0 in the mean
     if not surprise.mean().abs() < 6 * surprise.std() / math.sqrt(len(out)) + 1e-3:
@@ -1203,7 +1198,7 @@ class Worker(gym.Env):
         running, limit = np.arange(len(envs)), self.task.max_episode_steps or self.args.eval_max_steps
         while len(running):
             means = self.policy.sample(obs, offset=offset)
-            if not self.task.choices:
+            if not self.task.discrete:
                 efforts[running] += np.abs(clip(means[running], -1, 1)).mean(-1)  # in units of the bounds
             actions = self.policy.env_action(means)
             some = [envs[i] for i in running]
@@ -1838,8 +1833,8 @@ class CudaGraph:
 
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
 
-FORMAT = f"ppo_vec 5 {Distribution.__name__}"
-OLDER = "ppo_vec 4 Gaussian", "ppo_vec 3 Gaussian", "ppo_vec 2", "ppo_vec 1"  # of these only the policy is read
+FORMAT = f"ppo_vec 4 {Distribution.__name__}"
+OLDER = "ppo_vec 3 Gaussian", "ppo_vec 2", "ppo_vec 1"  # of these only the policy is read
 READABLE = FORMAT, *OLDER * (Distribution is Gaussian)
 MAGIC = b"ppo_vec1"  # before the digest that follows the checkpoint's bytes
 MAX_BYTES = 2**31  # of a file that is read
@@ -1857,7 +1852,7 @@ class State:
         _, noise, shuffle, init = np.random.SeedSequence(args.seed).spawn(4)
         torch.manual_seed(int(init.generate_state(1)[0]))
         self.args, self.task, self.device = args, task, device
-        self.agent = Agent(task.obs_dim, task.action_dim, args, task.choices).to(device)
+        self.agent = Agent(task.obs_dim, task.action_dim, args, task.discrete).to(device)
         self.average = AveragedModel(self.agent, use_buffers=True)  # average_weights
         self.optimizers = make_optimizers(self.agent)
         self.descend_all = CudaGraph() if device.type == "cuda" else descend_all
@@ -2115,13 +2110,9 @@ def load_policy(where: str | Path) -> Policy:
 def policy_of(tree: dict[str, Any]) -> Policy:
     """The policy in a checkpoint, whatever version of ppo_vec has written it. Raises UserError."""
     with refuse("the checkpoint holds no policy of ours"):
-        low, high = tree["low"].numpy(), tree["high"].numpy()
-        policy = Policy(tree["agent"], tree["args"]["activation"], low, high)
+        policy = Policy(tree["agent"], tree["args"]["activation"], tree["low"].numpy(), tree["high"].numpy())
         actions = policy.sample(np.zeros((1, len(policy.obs_mean))))
-        if (
-            actions.shape != (1, 1 if low.dtype.kind == "i" else len(low))
-            or not np.isfinite(policy.env_action(actions)).all()
-        ):
+        if actions.shape != (1, len(policy.low)) or not np.isfinite(policy.env_action(actions)).all():
             raise ValueError("its shapes do not fit, or its weights are not finite")
         return policy
 
@@ -2554,8 +2545,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what the
     ("gamma|\\w+_lambda", lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     ("swa_share", lambda v: 0 <= v < 1, "lie in [0, 1)"),
     ("anneal_share", lambda v: 0 < v <= 1, "lie in (0, 1]"),
-    ("action_bins", lambda v: v >= 2, "be at least 2"),
-    ("\\w+_(coef|cost)|seed", lambda v: 0 <= v < math.inf, "be finite and at least 0"),
+    ("\\w+_(coef|cost)|min_std|seed", lambda v: 0 <= v < math.inf, "be finite and at least 0"),
     ("(final_)?fall_reward", lambda v: -math.inf < v < 0, "be a finite number less than 0"),
     ("wrappers", lambda v: all(":" in wrapper for wrapper in v), "be module:function"),
     ("run_name", lambda v: Path(v).name == v != ".." and v.isprintable(), "be a plain folder name"),
@@ -2572,10 +2562,8 @@ def validate(args: Options) -> None:
                 raise UserError(f"{flag(f.name)} must {words}, not {value!r}")
     for good, message in (
         (args.final_fall_reward is None or args.fall_reward is not None, "--final-fall-reward needs --fall-reward"),
-        (
-            not (args.action_bins and args.state_dependent_std),
-            "--action-bins and --state-dependent-std exclude each other",
-        ),
+        (not (args.min_std and args.state_dependent_std), "--min-std and --state-dependent-std exclude each other"),
+        (args.min_std <= args.initial_std, "--min-std must not be more than --initial-std"),
         (args.batch_size % args.num_minibatches == 0, "--num-minibatches must divide --num-envs x --num-steps"),
         (args.batch_size > 1, "--num-envs x --num-steps is one step: no advantages to normalise"),
         (args.resume is None or args.evaluate is None, "--resume and --evaluate exclude each other"),
@@ -2692,7 +2680,7 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     write_episodes(target, episodes)
     returns, lengths, fell, efforts = np.array(episodes).T
     text = f"{summary_text(summarize(episodes, task.goal))}, mean length {lengths.mean():.0f}"
-    effort = "" if task.choices else f", effort {efforts.mean():.2f}"
+    effort = "" if task.discrete else f", effort {efforts.mean():.2f}"
     print(f"{args.env_id}, deterministic: {text}{effort}")
     print(f"highest {returns.max():.1f}, {int(fell.sum())} falls; episodes by return:")
     with contextlib.suppress(ValueError):  # equal returns that are too large for ten bins
@@ -2713,7 +2701,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         # Bytes of a row: raw observations twice, and three times on their way to the networks; actions, noise and their
         # copies; outputs of two hidden layers; and with torchrun twice the rows of all processes, which the update has.
-        widest = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, task.choices or 1))
+        widest = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1))
         row = 40 * task.obs_dim + 16 * task.action_dim + 8 * widest
         row += 8 * world_size() * (task.obs_dim + task.action_dim + 4) * (world_size() > 1)
         size = args.batch_size * row
@@ -2723,7 +2711,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
     if tree is not None:
         with refuse("the checkpoint does not fit"):
             with torch.device("meta"):
-                own = Agent(task.obs_dim, task.action_dim, args, task.choices)
+                own = Agent(task.obs_dim, task.action_dim, args, task.discrete)
             if kind(tree["agent"]) != kind(own.state_dict()):
                 names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes"
                 words = " ".join(f"{flag(name)} {tree['args'].get(name)}" for name in names)

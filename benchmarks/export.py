@@ -59,8 +59,7 @@ class Network(nn.Module):
             layers += [nn.Linear(*weight.shape), activation()]
             layers[-2].load_state_dict({"weight": torch.from_numpy(weight.T), "bias": torch.from_numpy(bias)})
         self.actor = nn.Sequential(*layers[:-1])
-        self.discrete = policy.low.dtype.kind == "i"
-        self.values = torch.from_numpy(policy.fixed) if policy.distribution is ppo_vec.Categorical else None
+        self.discrete = policy.distribution is ppo_vec.Categorical
         self.mean, self.scale = torch.from_numpy(policy.obs_mean), torch.from_numpy(policy.obs_scale)
         self.low, self.high = torch.from_numpy(policy.low), torch.from_numpy(policy.high)
         self.middle, self.half_range = torch.from_numpy(policy.middle), torch.from_numpy(policy.half)
@@ -71,8 +70,6 @@ class Network(nn.Module):
         if self.discrete:
             return self.low[out.argmax(-1)]
         mean = out[:, : len(self.low)]  # a state-dependent deviation comes after it
-        if self.values is not None:
-            mean = self.values[out.unflatten(-1, (-1, len(self.values))).argmax(-1)]
         action = self.middle + self.half_range * mean.clamp(-1, 1)
         return torch.minimum(torch.maximum(action, self.low), self.high)  # rounding may have gone past the bounds
 
@@ -84,7 +81,7 @@ def metadata(path: Path, tree: dict[str, Any], policy: Policy) -> dict[str, str]
         with contextlib.suppress(LookupError, TypeError, ValueError):
             result = "{eval_mean:.1f} +/- {eval_std:.1f} over {eval_episodes} test episodes".format(**summary)
     action = f"(batch, {len(policy.low)}): flattened, clipped and mapped to the environment's bounds"
-    if policy.low.dtype.kind == "i":
+    if policy.distribution is ppo_vec.Categorical:
         action = f"(batch,): the likeliest of the actions {policy.low[0]} to {policy.low[-1]}"
     return {
         **{name: str(tree["args"][name]) for name in ("env_id", "env_kwargs", "wrappers") if name in tree["args"]},
@@ -111,8 +108,8 @@ def to_onnx(policy: Policy, about: dict[str, str]) -> bytes:
 def largest_difference(data: bytes, policy: Policy) -> float:
     """Between the file's actions and load_policy's, on random observations like those that the normaliser has seen.
 
-    It is a share of the largest action that the bounds allow. Of actions chosen among some: how far the logit of the
-    file's choice is below the best one, because rounding may decide a tie.
+    It is a share of the largest action that the bounds allow. Of discrete actions: how far the logit of the file's
+    choice is below the best one, because rounding may decide a tie.
     """
     import onnxruntime
 
@@ -125,12 +122,8 @@ def largest_difference(data: bytes, policy: Policy) -> float:
         if (actions.shape, actions.dtype) != (expected.shape, expected.dtype):
             return np.inf
         if policy.distribution is ppo_vec.Categorical:
-            logits = policy.forward(obs).reshape(n, -1, len(policy.fixed))
-            box = np.repeat(policy.fixed[:, None], len(policy.low), axis=1)
-            options = policy.low[:, None] if policy.low.dtype.kind == "i" else policy.env_action(box)
-            distance = abs(options - actions.reshape(n, 1, -1))  # of each option, (n, options, numbers of an action)
-            chosen = np.take_along_axis(logits, distance.argmin(1)[..., None], -1)[..., 0]
-            difference = logits.max(-1) - chosen + distance.min(1)
+            logits = policy.forward(obs)
+            difference = logits.max(-1) - logits[np.arange(n), actions - policy.low[0]]
         else:
             difference = abs(actions - expected) / np.where(bound > 0, bound, 1)
         largest = np.maximum(largest, difference.max())  # which keeps a NaN

@@ -374,37 +374,31 @@ def test_training_rewards_by_hand() -> None:
 # ---- Discrete actions ------------------------------------------------------------------------------------------------
 
 
-@given(any_seed, st.integers(1, 6), st.integers(1, 3), st.integers(1, 5))
-def test_a_categorical_is_torchs(seed: int, n: int, dims: int, rows: int) -> None:
-    """Log probabilities of actions, entropies, and their gradients."""
+@given(any_seed, st.integers(1, 6), st.integers(1, 5))
+def test_a_categorical_is_torchs(seed: int, n: int, rows: int) -> None:
+    """Log probabilities of one-hot actions, entropies, and their gradients."""
     rng = torch.Generator().manual_seed(seed)
-    out = (3 * torch.randn(rows, dims * n, generator=rng, dtype=torch.float64)).requires_grad_()
-    chosen = torch.randint(n, (rows, dims), generator=rng)
-    ours, theirs = ppo_vec.Categorical(dims, n), torch.distributions.Categorical(logits=out.view(rows, dims, n))
-    assert ours.outputs == dims * n
-    assert ours.bounds_loss(out).tolist() == [0.0] * rows
-    actions = torch.linspace(-1, 1, n)[chosen]
-    expected_pair = theirs.log_prob(chosen).sum(-1), theirs.entropy().sum(-1)
-    for found, expected in zip(ours.log_prob_entropy(out, actions), expected_pair):
+    out = (3 * torch.randn(rows, n, generator=rng, dtype=torch.float64)).requires_grad_()
+    chosen = torch.randint(n, (rows,), generator=rng)
+    ours, theirs = ppo_vec.Categorical(n, make_args()), torch.distributions.Categorical(logits=out)
+    pairs = zip(ours.log_prob_entropy(out, torch.eye(n)[chosen]), (theirs.log_prob(chosen), theirs.entropy()))
+    for found, expected in pairs:
         torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-6, atol=1e-9)
         grads = (torch.autograd.grad(each.sum(), out, retain_graph=True)[0] for each in (found, expected))
         torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7)
+    assert ours.bounds_loss(out).tolist() == [0.0] * rows
 
 
-def test_uniform_noise_samples_the_softmax() -> None:
-    """Each number of an action from its own; and without noise the likeliest values are taken."""
-    shares, values = np.array([[0.1, 0.6, 0.3], [0.7, 0.0, 0.3]], np.float32), np.float32([-1, 0, 1])
-    logits = np.log(np.maximum(shares, 1e-30)).reshape(1, 6).repeat(40_000, 0)
-    noise = ppo_vec.Categorical.noise(torch.Generator().manual_seed(0), 40_000, 2).numpy()
-    actions = ppo_vec.Categorical.act(logits, values, noise)
-    assert (actions.dtype, actions.shape) == (np.float32, (40_000, 2))
-    for column, expected in zip(actions.T, shares):
-        np.testing.assert_allclose(
-            [(column == value).mean() for value in values], expected, atol=0.01
-        )  # four deviations
-    np.testing.assert_array_equal(ppo_vec.Categorical.act(logits[:2], values, None), [[0, -1]] * 2)
-    edges = ppo_vec.Categorical.act(logits[:2], values, np.float32([[0, 0], [1 - 2**-24] * 2]))  # noise is in [0, 1)
-    np.testing.assert_array_equal(edges, [[-1, -1], [1, 1]])
+def test_gumbel_noise_samples_the_softmax() -> None:
+    """And without noise the likeliest action is taken."""
+    logits = np.log(np.array([[0.1, 0.6, 0.3]], np.float32)).repeat(40_000, 0)
+    noise = ppo_vec.Categorical.noise(torch.Generator().manual_seed(0), 40_000, 3).numpy()
+    actions = ppo_vec.Categorical.act(logits, np.empty(0), noise)
+    assert (actions.dtype, actions.shape) == (np.float32, (40_000, 3))
+    assert set(actions.ravel().tolist()) == {0.0, 1.0}
+    np.testing.assert_array_equal(actions.sum(1), 1)
+    np.testing.assert_allclose(actions.mean(0), [0.1, 0.6, 0.3], atol=0.01)  # four standard deviations
+    np.testing.assert_array_equal(ppo_vec.Categorical.act(logits[:2], np.empty(0), None), [[0, 1, 0]] * 2)
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -567,6 +561,21 @@ def test_actor_and_critic_are_stepped_by_adam_with_their_own_rates() -> None:
         torch.testing.assert_close(optimizer.flat, expected, rtol=0, atol=1e-2 * rate)
 
 
+def test_the_deviation_does_not_fall_below_its_floor() -> None:
+    free = make_args(initial_std=0.5, learning_rate=0.02)
+    agents = {}
+    for args in (free, dataclasses.replace(free, min_std=0.5)):
+        state = make_state(args)
+        state.agent.distribution.logstd.data.copy_(torch.tensor([0.5, 0.5, 0.9]).log())
+        update(state, fake_rollout(state), args)
+        agents[args.min_std] = state.agent
+        stepped = state.optimizers[0].flat  # what Adam steps
+        assert stepped[:ACTIONS].tolist() == state.agent.distribution.logstd.tolist()
+    assert set((agents[0.0].distribution.logstd < math.log(0.5)).tolist()) == {True, False}
+    assert torch.equal(agents[0.5].distribution.logstd, agents[0.0].distribution.logstd.clamp(min=math.log(0.5)))
+    assert torch.equal(agents[0.5].actor[0].weight, agents[0.0].actor[0].weight)
+
+
 @pytest.mark.parametrize("target_kl", [1e-4, 0.01, 0.05])
 def test_target_kl_stops_the_actor_before_the_offending_step(target_kl: float, recorders: Recorders) -> None:
     """The critic takes all its steps, those of an update without a target."""
@@ -680,8 +689,7 @@ def test_each_network_has_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {}, "state_dependent_std": {"state_dependent_std": True}, "clip_vloss": {"clip_vloss": True},
-    "bounds_loss": {"bounds_loss_coef": 0.5}, "bins": {"action_bins": 5},
-    "relu": {"activation": "relu"}, "elu": {"activation": "elu"},
+    "bounds_loss": {"bounds_loss_coef": 0.5}, "relu": {"activation": "relu"}, "elu": {"activation": "elu"},
     "target_kl": {"target_kl": 0.02, "learning_rate": 3e-3}, "one": {"num_minibatches": 1}, "discrete": {},
     "wide": {"actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256)},  # more than one block of a product
 }  # fmt: skip
@@ -714,11 +722,7 @@ def test_a_recording_has_the_bits_of_autograd(variant: str, capsys: pytest.Captu
         rollouts = [fake_rollout(state, i) for state in states]
         if variant == "discrete":
             for rollout in rollouts:
-                rollout.actions = rollout.actions[..., :1]
-        values = getattr(states[0].agent.distribution, "values", None)
-        if values is not None:
-            for rollout in rollouts:
-                rollout.actions = values[(rollout.actions.unsqueeze(-1) - values).abs().argmin(-1)]
+                rollout.actions = torch.eye(ACTIONS)[rollout.actions.argmax(-1)]
         assert_same(*(update(state, rollout, now) for state, rollout in zip(states, rollouts)))
         assert_same(*(dict(state.agent.state_dict()) for state in states))
         assert recorded(states[0]) == [i > 0] * 2
@@ -1050,8 +1054,6 @@ def test_samples_of_another_distribution_are_refused(monkeypatch: pytest.MonkeyP
     choices = np.arange(ACTIONS)
     task = ppo_vec.Task(OBS, choices, choices, None, None)
     make_state(make_args(), task)
-    monkeypatch.setattr(
-        ppo_vec.Categorical, "act", staticmethod(lambda out, values, noise: values[(3 * noise).astype(int)])
-    )
+    monkeypatch.setattr(ppo_vec.Categorical, "act", staticmethod(lambda out, std, noise: np.eye(3)[noise.argmax(-1)]))
     with pytest.raises(ppo_vec.TrainingError, match=r"Categorical\.act draws other actions"):
         make_state(make_args(), task)

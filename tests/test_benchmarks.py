@@ -137,7 +137,7 @@ def test_all_trainings_are_plain_ppo_and_walk_as_the_policy_does(bench: throughp
     """The tricks may go from `Options`; as long as they are there, they are off in what is compared with peers."""
     off = {
         "practice": 0, "action_cost": 0, "fall_reward": None, "final_fall_reward": None,
-        "swa_share": 0, "bounds_loss_coef": 0, "ent_coef": 0, "target_kl": None, "action_bins": None,
+        "swa_share": 0, "bounds_loss_coef": 0, "ent_coef": 0, "target_kl": None, "min_std": 0,
         "value_lambda": None, "critic_learning_rate": None, "clip_vloss": False, "state_dependent_std": False,
     }  # fmt: skip
     args = bench.args(2)
@@ -146,7 +146,7 @@ def test_all_trainings_are_plain_ppo_and_walk_as_the_policy_does(bench: throughp
     for some in (args, bench.shipped):
         state, _ = bench.start(some, ppo_vec.make_task(some))
         a, b = (ppo_vec.Policy(w, "tanh", np.zeros(4), np.ones(4)) for w in (state.agent.state_dict(), weights))
-        assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("obs_mean", "obs_scale", "fixed"))
+        assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("obs_mean", "obs_scale", "std"))
         assert all(map(np.array_equal, itertools.chain(*a.layers), itertools.chain(*b.layers)))
 
 

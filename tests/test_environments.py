@@ -462,7 +462,7 @@ def by_hand(task: Task, args: Options, arrays: list[np.ndarray], seeds: list[int
         while not done:
             mean = policy.sample(obs[None], None, i)  # i: other places, other bits
             action = policy.env_action(mean)[0]
-            effort += 0.0 if task.choices else float(np.abs(np.clip(mean, -1, 1)).mean())
+            effort += 0.0 if task.discrete else float(np.abs(np.clip(mean, -1, 1)).mean())
             obs, reward, terminated, truncated, _ = env.step(action)
             total, length = total + float(reward), length + 1
             done = terminated or truncated or length == task.max_episode_steps

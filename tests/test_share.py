@@ -43,7 +43,7 @@ def make_run(folder: Path, low: np.ndarray, high: np.ndarray, gain: float = 1, *
     task = ppo_vec.Task(3, low, high, None, None)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        agent = ppo_vec.Agent(task.obs_dim, task.action_dim, options, task.choices)
+        agent = ppo_vec.Agent(task.obs_dim, task.action_dim, options, task.discrete)
         for parameter in agent.parameters():
             parameter += 0.5 * torch.randn(parameter.shape)
         agent.actor[-1].weight *= gain
@@ -99,14 +99,6 @@ def test_actions_stay_within_odd_bounds(tmp_path: Path) -> None:
     np.testing.assert_allclose(ours / width, expected / width, rtol=0, atol=1e-4)
     assert ((low <= ours) & (ours <= high)).all()
     assert (ours[:, 0].min(), ours[:, 1].max()) == (low[0], high[1])  # rounding alone would go past these two
-
-
-@needs_onnx
-def test_actions_in_bins(tmp_path: Path) -> None:
-    low, high = np.float32([-1, 0]), np.float32([1, 5])
-    ours, expected = actions_of_both(make_run(tmp_path / "run", low, high, action_bins=3), tmp_path)
-    assert np.array_equal(ours, expected)
-    assert [sorted(set(column)) for column in ours.T] == [[-1, 0, 1], [0, 2.5, 5]]
 
 
 @needs_onnx

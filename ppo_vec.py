@@ -2226,16 +2226,14 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     falls = float(np.mean([fell for _, _, fell, _ in test]))
     log.scalars(step, {"test/return": result["mean"], "test/fall_rate": falls, "test/last_return": last_result["mean"]})
     write_episodes(log.folder, test)
+    if args.capture_video:
+        write_results(envs, state, log.folder, result, last_result)  # a renderer may fail
+        policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
+        path, strip = record_video(args, policy, log.folder, TEST_SEEDS)
+        log.picture("video", step, strip)
+        say(f"video: {path}")
     state.finished = True
     write_results(envs, state, log.folder, result, last_result)
-    if args.capture_video:
-        policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
-        try:
-            path, strip = record_video(args, policy, log.folder, TEST_SEEDS)
-            log.picture("video", step, strip)
-            say(f"video: {path}")
-        except TrainingError as error:  # which costs no result
-            say(f"warning: no video: {error}")
 
 
 def write_episodes(folder: Path, episodes: Episodes) -> None:

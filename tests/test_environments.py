@@ -217,7 +217,7 @@ def test_rollouts_equal_published_environments_stepped_by_hand(env_id: str, num_
             assert_same(got["obs"], np.array(obs, np.float64), f"{i}, {row}")
             obs, reward, terminated, truncated, _ = env.step(bound * np.clip(got["actions"], -1, 1))
             length, total = length + 1, total + float(reward)
-            assert (got["rewards"], got["terminated"], got["truncated"]) == (np.float32(reward), terminated, truncated)
+            assert (got["rewards"], got["terminated"], got["truncated"]) == (reward, terminated, truncated)
             if terminated or truncated:
                 assert_same(got["final_obs"], np.array(obs, np.float64), f"{i}, {row}")
                 expected.append({
@@ -274,7 +274,7 @@ def tampered(envs: dict[str, Any], what: str) -> None:
         by_hand = [env.step(2 * np.clip(action, -1, 1)) for action in torch.cat(envs["actions"][1]).numpy()]
         assert by_hand[-1][3]
         envs["obs"][1] = torch.from_numpy(by_hand[-1][0])
-        envs["returns"][1] = sum(float(np.float32(step[1])) for step in by_hand)
+        envs["returns"][1] = sum(float(step[1]) for step in by_hand)
 
 
 @pytest.mark.parametrize("what", ["observation", "return", "action", "end"])

@@ -922,6 +922,7 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
 
 
 def flat(obs: Any, space: Any) -> np.ndarray:
+    """An observation as (obs_dim,) float64. Raises ValueError where it has another size than its space."""
     row = np.asarray(obs, np.float64)
     if row.size != math.prod(space.shape):  # a single number would fill the row
         raise ValueError(f"an observation has shape {row.shape}; its space has {space.shape}")

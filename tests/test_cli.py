@@ -695,6 +695,12 @@ def test_best_is_the_best(trained: Path) -> None:
     assert all(torch.equal(best["agent"][name], w) for name, w in tree["best"]["agent"].items())
 
 
+def test_the_command_to_continue_holds_what_no_checkpoint_restores() -> None:
+    assert ppo_vec.resume_flags(ppo_vec.Options(), Path("a b")) == "--resume 'a b'"
+    args = ppo_vec.Options(track=True, start_method="spawn")
+    assert ppo_vec.resume_flags(args, Path("run")) == "--resume run --start-method spawn --track"
+
+
 def test_args_json(trained: Path) -> None:
     found = json.loads((trained / "args.json").read_text())
     assert set(found["args"]) == {f.name for f in dataclasses.fields(ppo_vec.Options)}

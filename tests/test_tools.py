@@ -90,6 +90,8 @@ def test_runs_are_grouped_by_all_but_their_seed(runs: Path, tmp_path: Path, caps
     (runs / "a-1" / "args.json").write_text(json.dumps({**info, "git_commit": "f" * 40 + "-dirty"}))
     assert first_cells(runs / "a-*") == ["a-0 and 1 more", "a-1"]  # another commit is another trainer
     assert first_cells(runs / "a-*", "--ignore", "commit", "--iqm") == ["a-0 and 2 more"]
+    (runs / "a-1" / "args.json").write_text(json.dumps({**info, "processes": 2}))
+    assert first_cells(runs / "a-*") == ["a-0 and 1 more", "a-1"]  # with twice the environments
 
 
 def test_a_curve_is_the_mean_of_a_window_on_a_common_axis(runs: Path) -> None:

@@ -456,10 +456,10 @@ def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
         if args.target_kl is not None and "approx_kl" in metrics:  # the actor; before the step, as in SB3
-            optimizer.stop_beyond(args.target_kl, metrics["approx_kl"])
+            optimizer.halt_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = optimizer.take_step(gradient, args.max_grad_norm)
-        rows.append(torch.stack([1 - optimizer.stopped, *metrics.values()]))
-        if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.stopped:  # on a GPU, asking means waiting
+        rows.append(torch.stack([1 - optimizer.halted, *metrics.values()]))
+        if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.halted:  # on a GPU, asking means waiting
             break
     table = torch.stack(rows)  # where no step was taken, for target_kl, a row may hold NaN
     sums = torch.where(table[:, :1] > 0, table, 0.0).sum(0)
@@ -498,7 +498,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
     if saved and new:
         state.agent.load_state_dict(saved["agent"])
     elif saved:
-        state.load_share(saved)
+        state.load_gathered(saved)
     envs = VecEnv(args, task, state.envs)  # the last: a snapshot of where they are, which each rollout changes
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
@@ -600,18 +600,18 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
     cost with the square until half of the way.
     """
     progress = min(global_step / args.total_timesteps, 1)
-    way = progress if shown is None else shown
-    left = min(1.0, (1 - progress) / args.anneal_share) if args.anneal_lr else 1.0
+    skill = progress if shown is None else shown
+    annealed = min(1.0, (1 - progress) / args.anneal_share) if args.anneal_lr else 1.0
     fall_reward = args.fall_reward
     if fall_reward is not None and args.final_fall_reward is not None:
-        fall_reward = -((-fall_reward) ** (1 - way) * (-args.final_fall_reward) ** way)
+        fall_reward = -((-fall_reward) ** (1 - skill) * (-args.final_fall_reward) ** skill)
     return dataclasses.replace(
         args,
-        learning_rate=left * args.learning_rate,
-        critic_learning_rate=left * (args.critic_learning_rate or args.learning_rate),
-        ent_coef=left * args.ent_coef,
+        learning_rate=annealed * args.learning_rate,
+        critic_learning_rate=annealed * (args.critic_learning_rate or args.learning_rate),
+        ent_coef=annealed * args.ent_coef,
         fall_reward=fall_reward,
-        action_cost=min(1, 2 * way) ** 2 * args.action_cost,
+        action_cost=min(1, 2 * skill) ** 2 * args.action_cost,
     )
 
 
@@ -663,7 +663,7 @@ class FlatAdam:
         nn.utils.vector_to_parameters(self.flat, parameters)  # sets each p.data to its view
         zero, zeros = torch.zeros((), device=self.flat.device), torch.zeros_like(self.flat)
         self.state = {"step": zero, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-        self.stopped = zero.clone()  # 1 beyond target_kl: Adam takes no more steps (torch's found_inf)
+        self.halted = zero.clone()  # 1 beyond target_kl: Adam takes no more steps (torch's found_inf)
         self.learning_rate: Any = 0.0
         self.group = dist.new_group(list(ranks)) if len(ranks) > 1 else None  # of the processes that train it together
         self.recording: Callable[..., tuple[Tensor, Tensors]] | None = None  # these two: record
@@ -675,25 +675,25 @@ class FlatAdam:
 
     def begin_update(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
-        self.stopped.zero_()
+        self.halted.zero_()
 
     def take_step(self, gradient: Tensor, max_grad_norm: float) -> Tensor:
         """A step down the mean of the group's gradients, clipped. Returns its norm before it was clipped."""
         gradient = mean_of_group(gradient, self.group)
         norm = gradient.norm()
         step, exp_avg, exp_avg_sq = self.state.values()
-        step += 1 - self.stopped
+        step += 1 - self.halted
         torch._fused_adam_(  # what torch.optim.Adam calls, after three times as much Python
             [self.flat], [gradient], [exp_avg], [exp_avg_sq], [], [step], lr=self.learning_rate,
             beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0,  # eps: 37 details, no. 3
-            amsgrad=False, maximize=False, found_inf=self.stopped,
+            amsgrad=False, maximize=False, found_inf=self.halted,
             grad_scale=((norm + 1e-6) / max_grad_norm).clamp(min=1.0),  # clip_grad_norm_: divides the gradient in place
         )  # fmt: skip
         return norm
 
-    def stop_beyond(self, target_kl: Any, kl: Tensor) -> None:
+    def halt_beyond(self, target_kl: Any, kl: Tensor) -> None:
         """No more steps in this update where `kl`, the mean of the group, exceeds the target."""
-        self.stopped.masked_fill_(mean_of_group(kl, self.group) > target_kl, 1.0)
+        self.halted.masked_fill_(mean_of_group(kl, self.group) > target_kl, 1.0)
 
 
 def make_optimizers(agent: Agent) -> tuple[FlatAdam, FlatAdam]:
@@ -1080,7 +1080,7 @@ class Worker(gym.Env):
     ) -> None:
         self.index, self.first, self.last, self.args, self.task = index, first, last, args, task
         self.data, self.snapshot, self.envs, self.playing = open_shared(shared), snapshot, [], []
-        self.number = rank() * args.num_envs + first  # of the first environment, counted over all ranks
+        self.first_number = rank() * args.num_envs + first  # of the first environment, counted over all ranks
 
     def run(self, name: str, policy: Policy, *args: Any) -> Any:
         """A method's result, its UserError, or the text of its traceback.
@@ -1116,7 +1116,7 @@ class Worker(gym.Env):
         data, mine, episodes = self.data, slice(self.first, self.last), []
         for t in range(self.args.num_steps):
             data.obs[t, mine] = self.obs
-            data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.number)
+            data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.first_number)
             rewards, terminated, truncated = self.step(slice(None), actions)
             data.rewards[t, mine], data.terminated[t, mine], data.truncated[t, mine] = rewards, terminated, truncated
             done = np.flatnonzero(terminated | truncated).tolist()
@@ -1124,7 +1124,7 @@ class Worker(gym.Env):
                 data.final_obs[t, mine] = self.obs
             for i in done:
                 episodes.append({
-                    "t": t, "env": self.number + i, "return": float(self.returns[i]),
+                    "t": t, "env": self.first_number + i, "return": float(self.returns[i]),
                     "length": int(self.lengths[i]), "fell": bool(terminated[i] and rewards[i] <= FALL),
                 })  # fmt: skip
                 self.begin(i, self.episode[i] + 1)
@@ -1142,7 +1142,7 @@ class Worker(gym.Env):
     def begin(self, i: int, episode: int) -> None:
         """Begins the episode of this number in environment i."""
         self.episode[i], self.lengths[i], self.returns[i] = episode, 0, 0.0
-        self.obs[i] = reset_env(self.envs[i], episode_seed(self.args.seed, self.number + i, int(episode)))
+        self.obs[i] = reset_env(self.envs[i], episode_seed(self.args.seed, self.first_number + i, int(episode)))
         self.beat()
 
     def restore(self) -> None:
@@ -1266,7 +1266,7 @@ class VecEnv(AsyncVectorEnv):
         array = multiprocessing.get_context(args.start_method).RawArray
         self.shared = {name: (array("b", max(1, np.empty(*spec).nbytes)), *spec) for name, spec in specs.items()}
         self.data = open_shared(self.shared)
-        self.processes, self.parent_pipes, self.closed, self.restarts = [], [], True, 0
+        self.processes, self.parent_pipes, self.closed, self.replacements = [], [], True, 0
 
     def start(self) -> None:
         """Starts the workers, and waits for none of them."""
@@ -1321,7 +1321,7 @@ class VecEnv(AsyncVectorEnv):
             except TrainingError as error:
                 fault = str(error)
             self.close()
-            self.restarts += 1
+            self.replacements += 1
             again, faults = fault in faults and "\n" in fault, [*faults, fault]  # the same traceback
             if again or len(faults) == MAX_FAULTS:
                 text = one_line(ValueError(re.split(r"\n\s[^\n]*(?=\n)", fault)[-1]))  # of a traceback the error itself
@@ -1579,7 +1579,7 @@ def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.nda
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
 # torchrun starts them ("ranks"). Each has its own environments, and all have the same weights, statistics, generators
-# and counters: rollouts are gathered before anything changes these. Only within an update they differ, see `share`.
+# and counters: rollouts are gathered before anything changes these. Only within descend_in_ranks they differ.
 
 RANK_ENDED = "another process of this training has ended; --resume goes on where it last saved"
 
@@ -1794,7 +1794,7 @@ class CudaGraph:
         return [dict(zip(names, total)) for names, total in zip(self.names, totals)]
 
     def one_minibatch(self, optimizers: Sequence[FlatAdam], args: Args) -> None:
-        """Both networks side by side, each on a CUDA stream; or one of them, see `share`."""
+        """Both networks side by side, each on a CUDA stream; or one of them, see descend_in_ranks."""
         (first, *others), main = optimizers, torch.cuda.current_stream()
         all_sums = []
         for other in others:
@@ -1909,7 +1909,7 @@ class State:
         rows["actions"] = [chunks for part in parts for chunks in part["actions"]]
         return {**self.state_dict(), "discounted_return": rows.pop("discounted_return"), "envs": rows}
 
-    def load_share(self, saved: dict[str, Any]) -> None:
+    def load_gathered(self, saved: dict[str, Any]) -> None:
         """Loads what `gathered` gave: with this rank's environments, and new ones where there were fewer. See load."""
         own, size = {**self.envs, "discounted_return": self.discounted_return}, self.args.num_envs
         with refuse("the checkpoint does not fit"):
@@ -2328,7 +2328,7 @@ def write_results(envs: VecEnv, state: State, folder: Path, best: dict[str, Any]
         **{f"eval_{k}": best[k] for k in ("episodes", "mean", "std", "min", "frac_solved")},
         **{f"last_eval_{k}": last[k] for k in ("mean", "std", "min")},
         "solved_at_step": state.solved_at_step, "solved_at_s": state.solved_at_s,
-        "worker_restarts": sum(all_ranks(envs.restarts)), "finished": state.finished,
+        "worker_restarts": sum(all_ranks(envs.replacements)), "finished": state.finished,
     }  # fmt: skip
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
 

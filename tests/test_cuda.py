@@ -80,7 +80,7 @@ class StandIn:
     def graph(self, graph: Any) -> Iterator[None]:
         kept = self.state.descend_all
         tensors = [self.state.agent.state_dict(), *(o.state for o in self.state.optimizers)]
-        tensors.append({"stopped": self.state.optimizers[0].stopped})
+        tensors.append({"stopped": self.state.optimizers[0].halted})
         before = copy.deepcopy(tensors)
         yield
         for now, then in zip(tensors, before):
@@ -281,7 +281,7 @@ def test_a_training_on_the_gpu_says_so_resumes_and_heals_to_the_bit(
     rollout, seen = ppo_vec.VecEnv.rollout, []
 
     def killing(self: ppo_vec.VecEnv, *args: Any) -> Rollout:
-        seen.append(self.restarts)
+        seen.append(self.replacements)
         if len(seen) == 3:
             os.kill(self.processes[1].pid, signal.SIGKILL)
         return rollout(self, *args)

@@ -2230,7 +2230,7 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     if args.capture_video:
         write_results(envs, state, log.folder, result, last_result)  # a renderer may fail
         policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
-        path, strip = record_video(args, policy, log.folder, TEST_SEEDS)
+        path, strip = record_video(args, policy, log.folder)
         log.picture("video", step, strip)
         say(f"video: {path}")
     state.finished = True
@@ -2243,23 +2243,22 @@ def write_episodes(folder: Path, episodes: Episodes) -> None:
     write_file(folder / "evaluation.csv", "".join(("seed,return,length,fell\n", *rows)).encode())
 
 
-def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tuple[Path, bytes]:
-    """Writes an episode of the policy as an mp4, frame by frame (RecordVideo would keep all). Raises TrainingError.
+def record_video(args: Options, policy: Policy, folder: Path) -> tuple[Path, bytes]:
+    """Writes the first test episode as an mp4, frame by frame (RecordVideo would keep all). Raises TrainingError.
 
     Returns also a strip of six of its frames, side by side, as a PNG.
     """
     import imageio
 
-    path = folder / "videos" / f"{re.sub('[/:]', '_', args.env_id)}-seed{seed}.mp4"
-    temporary = path.with_suffix(".tmp.mp4")
-    with refuse(f"cannot write {path}", TrainingError):  # a full disk, a renderer that has lost its display, ...
+    path = folder / "videos" / f"{re.sub('[/:]', '_', args.env_id)}-seed{TEST_SEEDS}.mp4"
+    film = io.BytesIO()
+    with refuse(f"cannot write {path}", TrainingError):  # a renderer that has lost its display, ...
         path.parent.mkdir(exist_ok=True)
-        temporary.unlink(missing_ok=True)
         env = make_env(args, published=True, render=True)
         fps = env.metadata.get("render_fps", 30)
         # macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
-        with closing(env), imageio.get_writer(temporary, fps=fps, macro_block_size=2) as writer:
-            obs, done, few = reset_env(env, seed), False, []
+        with closing(env), imageio.get_writer(film, format=".mp4", fps=fps, macro_block_size=2) as writer:
+            obs, done, few = reset_env(env, TEST_SEEDS), False, []
             for t in range(args.eval_max_steps + 1):
                 frame = render_frame(env)
                 writer.append_data(frame)
@@ -2269,9 +2268,9 @@ def record_video(args: Options, policy: Policy, folder: Path, seed: int) -> tupl
                     break
                 (obs,), _, (terminated,), (truncated,) = step_envs([env], policy(obs)[None])
                 done = terminated or truncated
-        os.replace(temporary, path)
-        strip = np.hstack([few[i] for i in np.linspace(0, len(few) - 1, 6).astype(int)])
-        return path, imageio.v3.imwrite("<bytes>", strip, extension=".png")
+    write_file(path, film.getvalue())
+    strip = np.hstack([few[i] for i in np.linspace(0, len(few) - 1, 6).astype(int)])
+    return path, imageio.v3.imwrite("<bytes>", strip, extension=".png")
 
 
 # ---- The run folder: checkpoints, summary, logs, picture -------------------------------------------------------------
@@ -2686,7 +2685,7 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
         for count, edge in zip(*np.histogram(returns, bins=10)):
             print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / len(returns))} {count}")
     if args.capture_video:
-        print(f"video: {record_video(args, policy_of(tree), target, TEST_SEEDS)[0]}")
+        print(f"video: {record_video(args, policy_of(tree), target)[0]}")
     print(f"episodes: {target / 'evaluation.csv'}")
 
 

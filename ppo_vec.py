@@ -2707,15 +2707,12 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
             what = f"--num-envs {args.num_envs} x --num-steps {args.num_steps} is a rollout of {size / 2**30:.0f} GiB"
             raise UserError(f"{what}, more than this machine's memory")
     if tree is not None:
-        with refuse("the checkpoint does not fit"):
-            with torch.device("meta"):
-                own = Agent(task.obs_dim, task.action_dim, args, task.discrete)
+        with refuse("the checkpoint does not fit"), torch.device("meta"):  # networks without memory
+            own = Agent(task.obs_dim, task.action_dim, args, task.discrete)
             if kind(tree["agent"]) != kind(own.state_dict()):
                 names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes"
                 words = " ".join(f"{flag(name)} {tree['args'].get(name)}" for name in names)
-                raise ValueError(
-                    f"its networks have other sizes, as in older versions, or other actions; it has {words}"
-                )
+                raise ValueError(f"its networks have other sizes or actions, as in older versions; it has {words}")
             if (activation := tree["args"]["activation"]) != args.activation:
                 raise ValueError(f"its networks need --activation {activation}")
             if not new and len(tree["envs"]["episode"]) % args.num_envs:

@@ -2565,6 +2565,7 @@ def validate(args: Options) -> None:
         (args.batch_size % args.num_minibatches == 0, "--num-minibatches must divide --num-envs x --num-steps"),
         (args.batch_size > 1, "--num-envs x --num-steps is one step: no advantages to normalise"),
         (args.resume is None or args.evaluate is None, "--resume and --evaluate exclude each other"),
+        (args.evaluate is None or world_size() == 1, "--evaluate uses all cores without torchrun"),
     ):
         if not good:
             raise UserError(message)
@@ -2809,8 +2810,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (task.obs_dim, len(task.low)) != (len(policy.obs_mean), len(policy.low)):
                 raise UserError(f"the checkpoint does not fit {args.env_id}: other observations or actions")
             if args.evaluate is not None:
-                if world_size() > 1:
-                    raise UserError("--evaluate uses all cores without torchrun")
                 evaluate_run(args, task, tree, path.parent)
                 return 0
             step = tree.get("global_step")

@@ -2670,9 +2670,8 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     target = Path(args.runs_dir).absolute() / f"{folder.resolve().name}__evaluation__{time.time_ns() // 10**6}"
     with refuse(f"cannot make the folder {target}; --runs-dir names another place"):
         target.mkdir(parents=True)
-    workers = args.num_workers or usable_cores()
-    portion = (16 if args.env_id in WALKERS else 4) * workers  # as many episodes for each move of the progress bar
-    args = dataclasses.replace(args, num_envs=portion, num_workers=workers, num_steps=1)
+    portion = (16 if args.env_id in WALKERS else 4) * (args.num_workers or usable_cores())  # for each move of the bar
+    args = dataclasses.replace(args, num_envs=portion, num_steps=1)
     seeds = range(TEST_SEEDS, TEST_SEEDS + args.eval_episodes)  # no list: a stranger's number may be large
     with closing(VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim))) as envs:
         episodes = envs.play(tree["agent"], seeds, published=True, show=True)

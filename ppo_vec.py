@@ -2362,8 +2362,7 @@ class Log:
                     file.write(header)
         best = TUNED.get(self.args.env_id, {}).items()
         tuned = " ".join(f"{flag(name)} {value}" for name, value in best if getattr(self.args, name) == value)
-        tuned = f"with the tuned {tuned}" if tuned else "with no tuned values"
-        say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}, {tuned}")
+        say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}, tuned: {tuned or 'nothing'}")
         if world_size() > 1:
             say(f"{world_size()} processes of {self.args.num_envs} environments each")
         self.bar = progress_bar(self.args.total_timesteps, self.steps_before, "step")

@@ -2211,7 +2211,7 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
         solves(state.best, args.eval_episodes)
     state.selection_episodes += args.eval_episodes
     row, state.best = last["evaluation"], max(contenders, key=lambda policy: score(policy["evaluation"], goal))
-    if goal is not None and not state.solved_at_step and row["mean"] >= goal and row["episodes"] >= ROUNDS[-1]:
+    if not state.solved_at_step and score(row, goal)[0]:
         state.solved_at_step, state.solved_at_s = step, state.wall_time()
     state.evaluations.append(row)
     log.evaluation(state, row)

@@ -1881,9 +1881,7 @@ class State:
         self.started, self.saved_at, self.save_cost = time.perf_counter(), -math.inf, 0.0
 
     def to(self, device: torch.device) -> State:
-        """The same state with its networks on another device."""
-        if device == self.device:
-            return self
+        """The same state with its networks on this device. Every rank makes it: its optimizers make groups of ranks."""
         moved = State(self.args, self.task, device)
         moved.load(self.state_dict())  # which has the workers' snapshot itself, not a copy
         return moved

@@ -577,8 +577,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalkerHardcore-v3": {
         "total_timesteps": 10_000_000, "num_envs": 64, "learning_rate": 2e-4, "anneal_share": 1.0,
         "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
-        "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2,
-        "min_std": 0.25,
+        "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2, "min_std": 0.25,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
@@ -1380,11 +1379,11 @@ class VecEnv(AsyncVectorEnv):
             episode["global_step"] = global_step + (episode.pop("t") + 1) * self.args.num_envs * world_size()
         done = data.terminated | data.truncated
         # The row in which each running episode begins: after the last that ended one.
-        begun = np.where(done.any(0), len(done) - done[::-1].argmax(0), 0)
+        starts = np.where(done.any(0), len(done) - done[::-1].argmax(0), 0)
         for i, chunks in enumerate(self.snapshot["actions"]):
-            if begun[i] or data.restarted[i]:
+            if starts[i] or data.restarted[i]:
                 chunks.clear()
-            chunks.append(torch.tensor(data.actions[begun[i] :, i]))
+            chunks.append(torch.tensor(data.actions[starts[i] :, i]))
         self.snapshot["obs"][...] = torch.from_numpy(data.obs[-1])
         for name in ("episode", "returns"):
             self.snapshot[name][...] = torch.from_numpy(getattr(data, name))

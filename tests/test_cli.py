@@ -270,6 +270,28 @@ def test_walker_without_a_version_is_the_walker() -> None:
     assert isinstance(ppo_vec.make_env(args), ppo_vec.Walker)
 
 
+def test_a_run_says_which_tuned_values_it_has(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    """Those that no flag has changed. Then a run of an environment that nobody tuned."""
+    monkeypatch.setitem(ppo_vec.TUNED, "Pendulum-v1", {"gamma": 0.9, "learning_rate": 1e-3})
+    flags = "--env-id Pendulum-v1 --num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 2 --total-timesteps 16"
+    for name, typed, said in (("a", [], "--gamma 0.9 --learning-rate 0.001"), ("b", ["--gamma", "0.8"], None)):
+        assert train(tmp_path / name, *flags.split(), "--eval-episodes", "1", *typed) == 0
+        line = capfd.readouterr().err.splitlines()[0]
+        assert line == f"Pendulum-v1, seed 1, in {tmp_path / name}, tuned: {said or '--learning-rate 0.001'}"
+    monkeypatch.delitem(ppo_vec.TUNED, "Pendulum-v1")
+    assert train(tmp_path / "c", *flags.split(), "--eval-episodes", "1") == 0
+    assert capfd.readouterr().err.splitlines()[0].endswith(", tuned: nothing")
+
+
+def test_evaluate_is_refused_in_several_processes(monkeypatch: Patch) -> None:
+    """Before anything is started: it uses all cores by itself."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ppo_vec.UserError, match="--evaluate uses all cores without torchrun"):
+        ppo_vec.validate(ppo_vec.Options(evaluate="runs/a"))
+    ppo_vec.validate(ppo_vec.Options(resume="runs/a"))
+
+
 @pytest.mark.parametrize(("given", "limit"), [("-1", None), ("null", 1600), ("7", 7)])
 def test_time_limit_of_a_walker(given: str, limit: int | None) -> None:
     """As in gym.make: -1 is none, null the registered one. Wrappers find it in the environment's spec."""

@@ -2614,6 +2614,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         tuned = Options(env_id=env_id, **TUNED.get(env_id, {}))
         args = dataclasses.replace(cli(args=argv, default=tuned), env_id=env_id)
         validate(args)
+        if args.init_from is not None and args.initial_std != tuned.initial_std:
+            raise UserError("--initial-std has no effect with --init-from: that policy has its own standard deviation")
         begin = None if args.init_from is None else read_checkpoint(args.init_from, True, args.runs_dir)[1]
         return args, None, begin
     path, tree = read_checkpoint(where, policy=first.evaluate is not None, runs_dir=first.runs_dir)

@@ -209,6 +209,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--resume RUN/best.pt", "best.pt is another file"), ("--resume RUN/other.pt", "other.pt is another file"),
     ("--init-from RUN --env-id Pendulum-v1", "its networks have other sizes"), ("--init-from RUN/no", "RUN/no"),
     ("--init-from=", "there is no checkpoint"),
+    ("--init-from RUN --initial-std 0.3", "--initial-std has no effect with --init-from"),
     ("--lr 1e-3", "here it is --learning-rate"), ("--batch_size=64", "--num-minibatches"), ("--gpu", "--cuda"),
     ("--resume RUN/nothing", "RUN/nothing"), ("--evaluate RUN/args.json/x", "RUN/args.json/x"),
     ("--evaluate " + "a" * 5000, "aaa"), ("--evaluate RUN --eval-episodes 0", "--eval-episodes"),

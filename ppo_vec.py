@@ -18,7 +18,6 @@ PPO: Schulman et al. 2017, arXiv:1707.06347. GAE: Schulman et al. 2015, arXiv:15
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -51,7 +50,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
@@ -63,7 +62,7 @@ if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # els
 # To be set before NumPy is imported; a user's own value stays. One thread: the policy's matrices are too small for
 # more. OpenBLAS has a kernel for each kind of processor, and their results differ in the last bits: take AVX2's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-with contextlib.suppress(OSError):
+with suppress(OSError):
     if " avx2 " in Path("/proc/cpuinfo").read_text():
         os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 
@@ -74,10 +73,8 @@ import torch
 import torch.distributed as dist
 import tyro
 from gymnasium.envs.box2d import bipedal_walker as stock
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
-from gymnasium.vector.async_vector_env import _async_worker
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, async_vector_env
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -116,6 +113,7 @@ class Args:
     actor_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the actor's hidden layers
     critic_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the critic's hidden layers
     activation: Literal["tanh", "relu", "leaky_relu", "elu"] = "tanh"  # the activation of the hidden layers
+    critic_progress: bool = False  # show the critic, and only it, the episode's length and return so far
 
     @property
     def batch_size(self) -> int:
@@ -124,6 +122,10 @@ class Args:
     @property
     def minibatch_size(self) -> int:
         return self.batch_size // self.num_minibatches
+
+    @property
+    def extra_dim(self) -> int:  # the columns that only the critic sees; they follow those of an observation
+        return 2 * self.critic_progress
 
 
 # ---- Agent -----------------------------------------------------------------------------------------------------------
@@ -144,6 +146,7 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {  # in torch, and in NumPy 
 }
 LOGSTD_MIN, LOGSTD_MAX = -20.0, 2.0  # of a state-dependent standard deviation
 OBS_CLIP, REWARD_CLIP = 10.0, 10.0  # of normalised observations and scaled rewards
+Tensors = dict[str, Tensor]  # by name
 
 
 class Normalizer(nn.Module):
@@ -185,11 +188,7 @@ def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequentia
 
 
 class Gaussian(nn.Module):
-    """A diagonal Gaussian over actions, where -1 and 1 are the action bounds. Samples may lie beyond them.
-
-    For another distribution, such as a Beta, write a class with `outputs` and all methods below except mean_logstd, and
-    name it in the line `Distribution = Gaussian`.
-    """
+    """A diagonal Gaussian over actions, where -1 and 1 are the action bounds. Samples may lie beyond them."""
 
     def __init__(self, action_dim: int, args: Args) -> None:
         super().__init__()
@@ -248,7 +247,9 @@ class Gaussian(nn.Module):
         return out if noise is None else out + std * noise
 
 
-Distribution = Gaussian  # of Box actions; Categorical, further down, is that of Discrete ones
+# Of Box actions; Categorical, further down, is that of Discrete ones. For another, such as a Beta, name here a class
+# with `outputs` and all methods of Gaussian except mean_logstd.
+Distribution = Gaussian
 
 
 class Agent(nn.Module):
@@ -256,19 +257,20 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args, discrete: bool = False) -> None:
         super().__init__()
-        self.normalizer = Normalizer(obs_dim)
+        self.obs_dim, seen = obs_dim, obs_dim + args.extra_dim
+        self.normalizer = Normalizer(seen)
         self.distribution = (Categorical if discrete else Distribution)(action_dim, args)
         sizes = obs_dim, *args.actor_hidden_sizes, self.distribution.outputs
         self.actor = mlp(sizes, args.activation, last_gain=0.01)
-        self.critic = mlp((obs_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
+        self.critic = mlp((seen, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
         self.distribution.initialize(self.actor[-1])  # type: ignore[arg-type]
 
     def policy(self, x: Tensor) -> Tensor:
-        """Normalised observations (..., obs_dim) -> the actor's output, for `distribution`. NumPy copy: Policy."""
-        return self.actor(x)
+        """Normalised rows (..., obs_dim + extra_dim) -> the actor's output, for `distribution`. NumPy copy: Policy."""
+        return self.actor(x[..., : self.obs_dim])
 
     def value(self, x: Tensor) -> Tensor:
-        """Normalised observations (..., obs_dim) -> values (...)."""
+        """Normalised rows (..., obs_dim + extra_dim) -> values (...)."""
         return self.critic(x).squeeze(-1)
 
 
@@ -280,13 +282,14 @@ class Agent(nn.Module):
 
 @dataclass
 class Rollout:
-    """What the environments did in num_steps steps, and what `collect` makes of it. T = num_steps, N = num_envs.
+    """What N = num_envs environments did in T = num_steps steps, and what `collect` makes of it. D = obs_dim.
 
+    With --critic-progress D = obs_dim + 2: the length and the return of the episode so far follow each observation.
     On the CPU, except obs, normalized_obs, actions and logprobs, which `collect` leaves on the networks' device.
     """
 
-    obs: Tensor  # (T + 1, N, obs_dim) raw, float64; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, obs_dim) raw, float64; an episode's last, in rows that end one; else anything
+    obs: Tensor  # (T + 1, N, D) raw, float64; the last row is the observation after the rollout
+    final_obs: Tensor  # (T, N, D) raw, float64; an episode's last, in rows that end one; else anything
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
     rewards: Tensor  # (T, N) raw, float64; `collect` replaces them by those that training uses
     terminated: Tensor  # (T, N) bool
@@ -294,7 +297,7 @@ class Rollout:
     restarted: Tensor  # (N,) bool; the episode before row 0 was lost, by a resume or a fault, and a new one began
     episodes: list[dict[str, Any]]  # those that ended, of all processes: global_step, env, return, length, fell
     # What `collect` adds:
-    normalized_obs: Tensor = field(init=False)  # (T + 1, N, obs_dim), for the networks
+    normalized_obs: Tensor = field(init=False)  # (T + 1, N, D), for the networks
     logprobs: Tensor = field(init=False)  # (T, N) of the policy that acted
     values: Tensor = field(init=False)  # (T, N)
     next_values: Tensor = field(init=False)  # (T, N), see gae
@@ -367,9 +370,6 @@ def gae(
 
 
 # ---- Update ----------------------------------------------------------------------------------------------------------
-
-
-Tensors = dict[str, Tensor]  # by name
 
 
 def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
@@ -578,6 +578,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "total_timesteps": 10_000_000, "num_envs": 64, "learning_rate": 2e-4, "anneal_share": 1.0,
         "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2, "min_std": 0.25,
+        "critic_progress": True,
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
@@ -899,7 +900,7 @@ def one_line(error: Exception) -> str:
     return f"{text.rstrip('.')}; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else text
 
 
-@contextlib.contextmanager
+@contextmanager
 def refuse(what: str, error_class: type[Exception] = UserError) -> Iterator[None]:
     """Makes whatever is raised an error of one line."""
     try:
@@ -1025,11 +1026,11 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
         for tensor in (*probe.parameters(), probe.normalizer.mean):
             tensor += 0.3 * torch.randn(tensor.shape)
         probe.normalizer.var *= 1 + torch.rand(probe.normalizer.var.shape)
-        obs = 9 * torch.randn(2 * TILE, task.obs_dim)
+        obs = 9 * torch.randn(2 * TILE, task.obs_dim + args.extra_dim)
     out, same = probe.policy(probe.normalizer(obs)), False
-    with contextlib.suppress(ValueError, IndexError, KeyError):  # a layer that Policy does not know
+    with suppress(ValueError, IndexError, KeyError):  # a layer that Policy does not know
         policy = Policy(probe.state_dict(), args.activation, task.low, task.high)
-        same = np.allclose(policy.forward(obs.numpy()), out.numpy(), rtol=1e-3, atol=1e-3)
+        same = np.allclose(policy.forward(obs[:, : task.obs_dim].numpy()), out.numpy(), rtol=1e-3, atol=1e-3)
     if not same:
         raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
     distribution, generator = probe.distribution, torch.Generator().manual_seed(0)
@@ -1101,7 +1102,7 @@ class Worker(gym.Env):
     def close(self) -> None:
         for envs in (self.envs, self.playing):
             while envs:
-                with contextlib.suppress(Exception):
+                with suppress(Exception):
                     envs.pop().close()
 
     def beat(self) -> None:
@@ -1114,22 +1115,26 @@ class Worker(gym.Env):
             self.restore()
         data, mine, episodes = self.data, slice(self.first, self.last), []
         for t in range(self.args.num_steps):
-            data.obs[t, mine] = self.obs
+            data.obs[t, mine] = self.rows()
             data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.first_number)
             rewards, terminated, truncated = self.step(slice(None), actions)
             data.rewards[t, mine], data.terminated[t, mine], data.truncated[t, mine] = rewards, terminated, truncated
             done = np.flatnonzero(terminated | truncated).tolist()
             if done:
-                data.final_obs[t, mine] = self.obs
+                data.final_obs[t, mine] = self.rows()
             for i in done:
                 episodes.append({
                     "t": t, "env": self.first_number + i, "return": float(self.returns[i]),
                     "length": int(self.lengths[i]), "fell": bool(terminated[i] and rewards[i] <= FALL),
                 })  # fmt: skip
                 self.begin(i, self.episode[i] + 1)
-        data.obs[-1, mine] = self.obs
+        data.obs[-1, mine] = self.rows()
         data.episode[mine], data.returns[mine] = self.episode, self.returns
         return episodes
+
+    def rows(self) -> np.ndarray:
+        """What the critic sees, (k, obs_dim + extra_dim): observations, and with --critic-progress two columns more."""
+        return np.column_stack((self.obs, self.lengths, self.returns)) if self.args.critic_progress else self.obs
 
     def step(self, some: slice, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         """One step of environments `some` with a row of actions each. Returns rewards, terminated and truncated."""
@@ -1228,8 +1233,8 @@ def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *ar
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
-        _async_worker(index, lambda: worker, *args)
+    with suppress(EOFError, OSError):  # the trainer has gone: no traceback about a broken pipe
+        async_vector_env._async_worker(index, lambda: worker, *args)
 
 
 def block_signals(block: bool) -> None:
@@ -1253,7 +1258,7 @@ class VecEnv(AsyncVectorEnv):
     def __init__(self, args: Options, task: Task, snapshot: dict[str, Any]) -> None:
         self.args, self.task, self.snapshot = args, task, snapshot
         self.num_workers = min(args.num_workers or usable_cores(), args.num_envs)
-        T, N, A, D = args.num_steps, args.num_envs, task.action_dim, task.obs_dim
+        T, N, A, D = args.num_steps, args.num_envs, task.action_dim, task.obs_dim + args.extra_dim
         specs = {
             "obs": ((T + 1, N, D), np.float64), "final_obs": ((T, N, D), np.float64),  # an offset costs no digits
             "actions": ((T, N, A), np.float32), "noise": ((T, N, A), np.float32), "rewards": ((T, N), np.float64),
@@ -1297,7 +1302,7 @@ class VecEnv(AsyncVectorEnv):
         end = time.monotonic() + CLOSING
         pipes = list(filter(None, self.parent_pipes))  # AsyncVectorEnv forgets that of a worker that has failed
         for pipe in pipes:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 pipe.send(("close", None))
         for process in self.processes:
             if process.pid is not None:  # it has been started
@@ -1384,7 +1389,7 @@ class VecEnv(AsyncVectorEnv):
             if starts[i] or data.restarted[i]:
                 chunks.clear()
             chunks.append(torch.tensor(data.actions[starts[i] :, i]))
-        self.snapshot["obs"][...] = torch.from_numpy(data.obs[-1])
+        self.snapshot["obs"][...] = torch.from_numpy(data.obs[-1, :, : self.task.obs_dim])
         for name in ("episode", "returns"):
             self.snapshot[name][...] = torch.from_numpy(getattr(data, name))
         names = "obs", "final_obs", "actions", "rewards", "terminated", "truncated", "restarted"
@@ -1418,7 +1423,7 @@ class VecEnv(AsyncVectorEnv):
 def usable_cores() -> int:
     """Of this process, when torchrun has started several on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # a container's share of the machine; no number: all of it
+    with suppress(OSError, ValueError):  # a container's share of the machine; no number: all of it
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, math.ceil(quota / period))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else cores)
@@ -1719,7 +1724,7 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         recording.graph.eliminate_dead_code()
         recording.recompile()
         # (torch.compile, which is TorchScript's successor, needs a C++ compiler.)
-        with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
+        with warnings.catch_warnings(action="ignore"), suppress(RuntimeError):
             recording = torch.jit.trace(recording, inputs, check_trace=False)  # it knows no LayerNorm, for example
         other = dataclasses.replace(args, **{name: 1.1 * getattr(args, name) + 0.01 for name in SCALARS})
         played, direct = (f(optimizer, batch, minibatches[-1], other) for f in (play, flat_gradient))
@@ -1844,7 +1849,7 @@ PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedD
 class State:
     """Everything that must survive: a checkpoint holds every attribute that is not in UNSAVED."""
 
-    UNSAVED = "args", "task", "device", "descend_all", "started", "saved_at", "save_cost"
+    UNSAVED = "args", "task", "device", "descend_all", "started", "next_save"
 
     def __init__(self, args: Options, task: Task, device: torch.device) -> None:
         # One seed, four streams that never overlap; `seed + i` would make neighbouring runs share environments
@@ -1853,7 +1858,7 @@ class State:
         torch.manual_seed(int(init.generate_state(1)[0]))
         self.args, self.task, self.device = args, task, device
         self.agent = Agent(task.obs_dim, task.action_dim, args, task.discrete).to(device)
-        self.average = AveragedModel(self.agent, use_buffers=True)  # average_weights
+        self.average = torch.optim.swa_utils.AveragedModel(self.agent, use_buffers=True)  # average_weights
         self.optimizers = make_optimizers(self.agent)
         self.descend_all = CudaGraph() if device.type == "cuda" else descend_all
         check_copy(self.agent, task, args)
@@ -1877,7 +1882,7 @@ class State:
         self.solved_at_s: float | None = None
         self.finished = False
         self.log_sizes = {"events": 0, "episodes": 0}  # bytes of each log that belong to this state
-        self.started, self.saved_at, self.save_cost = time.perf_counter(), -math.inf, 0.0
+        self.started, self.next_save = time.perf_counter(), -math.inf
 
     def to(self, device: torch.device) -> State:
         """The same state with its networks on this device. Every rank makes it: its optimizers make groups of ranks."""
@@ -1981,7 +1986,7 @@ def is_odd(path: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is none."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with suppress(OSError, ValueError, RecursionError):
         value = json.loads(read_file(path))
         return value if isinstance(value, dict) else {}
     return {}
@@ -2279,9 +2284,9 @@ def say(message: str, any_rank: bool = False) -> None:
         if any_rank:
             print(f"rank {rank()}: {message}", file=sys.stderr)
         return
-    with contextlib.suppress(OSError):  # a folder in the place of log.txt
+    with suppress(OSError):  # a folder in the place of log.txt
         logging.getLogger("ppo_vec").info(message)
-    with contextlib.suppress(OSError):  # stderr on a full disk, a terminal that has gone
+    with suppress(OSError):  # stderr on a full disk, a terminal that has gone
         tqdm.write(message, file=sys.stderr)
 
 
@@ -2290,14 +2295,14 @@ def progress_bar(total: int, initial: int, unit: str, show: bool = True) -> Any:
     tqdm.monitor_interval = 0  # no thread beside the forks
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no redrawing
     how: Any = {"dynamic_ncols": True, "leave": unit == "step", "disable": rank() > 0 or not show}
-    with contextlib.suppress(OSError):  # it draws itself at once: as in `say`
+    with suppress(OSError):  # it draws itself at once: as in `say`
         return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, **how)
     return tqdm(disable=True)
 
 
 def should_save(state: State) -> bool:
-    """A wall-clock cadence that costs at most a hundredth of the time, whatever the disk."""
-    return any(all_ranks(time.perf_counter() - state.saved_at > max(2.0, 100 * state.save_cost)))
+    """`save` says when: a wall-clock cadence that costs at most a hundredth of the time, whatever the disk."""
+    return any(all_ranks(time.perf_counter() > state.next_save))
 
 
 def save(state: State, log: Log) -> None:
@@ -2305,12 +2310,12 @@ def save(state: State, log: Log) -> None:
     began = time.perf_counter()
     state.log_sizes = log.flush(to_disk=True)
     # The first one takes the place of what may be damaged, and what the run was resumed from is kept.
-    keep = log.folder / "checkpoint.previous.pt" if state.saved_at > -math.inf else None
+    keep = log.folder / "checkpoint.previous.pt" if state.next_save > -math.inf else None
     tree = state.gathered()
     if rank() == 0:
         write_file(log.folder / "checkpoint.pt", encode(tree), keep=keep)
-    state.saved_at = time.perf_counter()
-    state.save_cost = state.saved_at - began
+    now = time.perf_counter()
+    state.next_save = now + max(2.0, 100 * (now - began))
 
 
 def write_results(envs: VecEnv, state: State, folder: Path, best: dict[str, Any], last: dict[str, Any]) -> None:
@@ -2366,7 +2371,7 @@ class Log:
 
     def close(self) -> None:
         for closed in (self.bar, *self.files.values()):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 closed.close()
         if self.wandb is not None:
             if read_json(self.folder / "summary.json").get("finished"):
@@ -2449,7 +2454,7 @@ class Log:
             say(f"{took} {where}; on the CPU about {cpu_s:.3f} s")
             if cpu_s < update_s:
                 say("warning: these networks are so small that training is faster without --cuda")
-        with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+        with suppress(OSError):  # stderr may be a file on a full disk
             smoothed = math.nan if state.smoothed_return is None else state.smoothed_return
             self.bar.set_postfix_str(f"return={smoothed:.1f}, SPS={values['time/SPS']:.0f}", refresh=False)
             self.bar.update(min(state.global_step, self.args.total_timesteps) - self.bar.n)
@@ -2471,9 +2476,9 @@ def describe_run(args: Options) -> dict[str, Any]:
     """Every argument and everything else that a result depends on."""
     git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"
     commit, cpu = None, platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
+    with suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    with contextlib.suppress(OSError, IndexError):
+    with suppress(OSError, IndexError):
         cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     starter = ["torchrun", f"--nproc-per-node={world_size()}"] if world_size() > 1 else [Path(sys.executable).name]
     versions = {"torch": torch, "numpy": np, "gymnasium": gym, "box2d": Box2D}
@@ -2643,7 +2648,7 @@ def set_up_torch() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     # Else glibc gives large arrays back at once, and gets their memory anew page by page (8,192 values: 14 ms, now 5).
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
+    with suppress(OSError, AttributeError):  # no glibc
         for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 2**28)
     # In a forked process, torch makes autograd's engine anew at its first use. Two threads at once would crash in it.
@@ -2679,7 +2684,7 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     effort = "" if task.discrete else f", effort {efforts.mean():.2f}"
     print(f"{args.env_id}, deterministic: {text}{effort}")
     print(f"highest {returns.max():.1f}, {int(fell.sum())} falls; episodes by return:")
-    with contextlib.suppress(ValueError):  # equal returns that are too large for ten bins
+    with suppress(ValueError):  # equal returns that are too large for ten bins
         for count, edge in zip(*np.histogram(returns, bins=10)):
             print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / len(returns))} {count}")
     if args.capture_video:
@@ -2698,7 +2703,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
         # Bytes of a row: raw observations twice, and three times on their way to the networks; actions, noise and their
         # copies; outputs of two hidden layers; and with torchrun twice the rows of all processes, which the update has.
         widest = max((*args.actor_hidden_sizes, *args.critic_hidden_sizes, 1))
-        row = 40 * task.obs_dim + 16 * task.action_dim + 8 * widest
+        row = 40 * (task.obs_dim + args.extra_dim) + 16 * task.action_dim + 8 * widest
         row += 8 * world_size() * (task.obs_dim + task.action_dim + 4) * (world_size() > 1)
         size = args.batch_size * row
         if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -2717,7 +2722,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
                 raise ValueError("another number of environments")
 
 
-@contextlib.contextmanager
+@contextmanager
 def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None]]:
     """Gives a function that tells the signal, SIGINT or SIGTERM, that has asked the run to end, if any rank got one.
 
@@ -2751,7 +2756,7 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
+@contextmanager
 def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
     """Names and makes the run folder, and keeps other processes out of it. Gives the arguments with its name."""
     from filelock import FileLock  # torch depends on it
@@ -2784,11 +2789,11 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         except TrainingError as error:
             if isinstance(error.__cause__, OSError) and any(folder.glob("checkpoint*.pt")):  # a full disk, say
                 error = TrainingError(f"{error}; mend that, and {resume_flags(args, folder)} loses nothing")
-            with contextlib.suppress(OSError):  # as in `say`
+            with suppress(OSError):  # as in `say`
                 logger.error(f"error: {error}")
             raise error
         finally:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 logger.removeHandler(handler), handler.close()
 
 

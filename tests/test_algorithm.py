@@ -230,12 +230,25 @@ def test_a_state_dependent_deviation_is_clamped_in_torch_and_in_numpy() -> None:
     np.testing.assert_allclose(actions, (mean + logstd.exp()).numpy(), rtol=1e-6)
 
 
+def test_the_critic_alone_sees_the_progress() -> None:
+    agent = make_state(make_args(critic_progress=True)).agent
+    x = torch.randn(9, OBS + 2)
+    with torch.no_grad():
+        assert agent.value(x).shape == (9,)
+        for column in range(OBS + 2):
+            other = x.clone()
+            other[:, column] += 1
+            assert (agent.value(x) - agent.value(other)).abs().max() > 0.01
+            assert torch.equal(agent.policy(x), agent.policy(other)) == (column >= OBS)
+
+
+@pytest.mark.parametrize("progress", [False, True])
 @both_kinds_of_std
 @pytest.mark.parametrize("activation", ["tanh", "relu", "leaky_relu", "elu"])
-def test_the_numpy_policy_agrees_with_the_agent(activation: str, state_dependent_std: bool) -> None:
-    args = make_args(activation=activation, state_dependent_std=state_dependent_std)
+def test_the_numpy_policy_agrees_with_the_agent(activation: str, state_dependent_std: bool, progress: bool) -> None:
+    args = make_args(activation=activation, state_dependent_std=state_dependent_std, critic_progress=progress)
     agent, rng, close = make_state(args, seed=3).agent, np.random.default_rng(0), {"rtol": 1e-5, "atol": 1e-5}
-    obs = (1 + 5 * rng.normal(size=(33, OBS))).astype(np.float32)
+    obs = (1 + 5 * rng.normal(size=(33, OBS + 2 * progress))).astype(np.float32)
     obs[0] = 1e3  # beyond the clip of normalised observations
     noise = rng.normal(size=(33, ACTIONS)).astype(np.float32)
     with torch.no_grad():
@@ -244,7 +257,7 @@ def test_the_numpy_policy_agrees_with_the_agent(activation: str, state_dependent
     assert mean.abs().max() > 0.5
     assert np.ptp(mean.numpy(), axis=0).min() > 0.1
     bound = np.ones(ACTIONS, np.float32)
-    policy = ppo_vec.Policy(agent.state_dict(), activation, -bound, bound)
+    policy, obs = ppo_vec.Policy(agent.state_dict(), activation, -bound, bound), obs[:, :OBS]
     for offset in range(ppo_vec.TILE + 1):
         np.testing.assert_allclose(policy.sample(obs, None, offset), mean.numpy(), **close)
         np.testing.assert_allclose(policy.sample(obs, noise, offset), actions, **close)
@@ -430,15 +443,15 @@ def reference_losses(agent: Agent, mb: dict[str, Tensor], args: Options) -> list
     return [(total, policy_metrics), (errors.mean() / 4, {"value_loss": errors.mean() / 2})]
 
 
-@given(any_seed, *[st.booleans()] * 4)
+@given(any_seed, *[st.booleans()] * 5)
 def test_losses_and_gradients_equal_a_plain_reference(
-    seed: int, clip_vloss: bool, bounds: bool, bonus: bool, state_dependent_std: bool
+    seed: int, clip_vloss: bool, bounds: bool, bonus: bool, state_dependent_std: bool, progress: bool
 ) -> None:
     coefficients = {"clip_vloss": clip_vloss, "ent_coef": 0.1 * bonus, "bounds_loss_coef": 0.2 * bounds}
-    args = make_args(**coefficients, state_dependent_std=state_dependent_std)
+    args = make_args(**coefficients, state_dependent_std=state_dependent_std, critic_progress=progress)
     agent = copy.deepcopy(make_state(args, seed=seed % 1000).agent).double()
     rng = torch.Generator().manual_seed(seed)
-    shapes = {"obs": (24, OBS), "actions": (24, ACTIONS)}
+    shapes = {"obs": (24, OBS + args.extra_dim), "actions": (24, ACTIONS)}
     names = "obs", "actions", "logprobs", "advantages", "returns", "values"
     mb = {k: torch.randn(*shapes.get(k, (24,)), generator=rng, dtype=torch.float64) for k in names}
     mb["advantages"] = 3 + 5 * mb["advantages"]
@@ -501,7 +514,7 @@ def test_an_update_uses_each_row_once_an_epoch_with_its_gae(target_lambda: float
 
 @both_kinds_of_std
 def test_every_parameter_is_trained(state_dependent_std: bool) -> None:
-    state = make_state(make_args(state_dependent_std=state_dependent_std))
+    state = make_state(make_args(state_dependent_std=state_dependent_std, critic_progress=True))
     before = copy.deepcopy(state.agent)
     update(state, fake_rollout(state), state.args)
     for (name, new), old in zip(state.agent.named_parameters(), before.parameters(), strict=True):
@@ -893,11 +906,11 @@ class Tiny(gym.Env):
 gym.register("ByHand-v0", Tiny)
 
 
-def step_by_hand(envs: list[Tiny], actions: np.ndarray, seed: int) -> list[np.ndarray]:
+def step_by_hand(envs: list[Tiny], actions: np.ndarray, seed: int, progress: bool) -> list[np.ndarray]:
     """obs, final_obs, rewards, terminated and truncated of a rollout with these actions in [-1, 1]."""
 
     def seen() -> np.ndarray:
-        return np.array([env.obs() for env in envs])
+        return np.array([[*env.obs(), *[env.steps, env.total] * progress] for env in envs])
 
     rows = []
     for chosen in actions:
@@ -910,19 +923,20 @@ def step_by_hand(envs: list[Tiny], actions: np.ndarray, seed: int) -> list[np.nd
     return [np.concatenate((obs, seen()[None])), *others]
 
 
+@pytest.mark.parametrize("progress", [False, True])
 @both_kinds_of_std
-def test_collect_and_update_by_hand(state_dependent_std: bool, recorders: Recorders) -> None:
+def test_collect_and_update_by_hand(state_dependent_std: bool, progress: bool, recorders: Recorders) -> None:
     """Three iterations on real workers; every number of a rollout but the noise from elsewhere."""
     args = make_args(
         env_id="ByHand-v0", num_envs=6, num_workers=2, num_steps=14, learning_rate=3e-3, gamma=0.9, action_cost=0.3,
-        state_dependent_std=state_dependent_std,
+        state_dependent_std=state_dependent_std, critic_progress=progress,
     )  # fmt: skip
     envs, parts, pooled = [Tiny() for _ in range(6)], [], []
     for n, env in enumerate(envs):
         env.begin(args.seed, n)
     state = make_state(args, ppo_vec.make_task(args))
     agent = state.agent
-    agent.normalizer.load_state_dict(Normalizer(3).state_dict())
+    agent.normalizer.load_state_dict(Normalizer(3 + 2 * progress).state_dict())
     vec = ppo_vec.VecEnv(args, state.task, state.envs)
     with contextlib.closing(vec):
         for iteration in range(1, 4):
@@ -933,7 +947,7 @@ def test_collect_and_update_by_hand(state_dependent_std: bool, recorders: Record
             assert state.global_step == iteration * args.batch_size
 
             actions = rollout.actions.clamp(-1, 1).numpy()
-            obs, final_obs, rewards, terminated, truncated = step_by_hand(envs, actions, args.seed)
+            obs, final_obs, rewards, terminated, truncated = step_by_hand(envs, actions, args.seed, progress)
             done = terminated | truncated
             assert 0 < truncated.sum() < done.sum() > terminated.sum() > 0
             assert_same([rollout.terminated.numpy(), rollout.truncated.numpy()], [terminated, truncated])
@@ -1026,13 +1040,13 @@ DRIFTS: dict[str, tuple[Any, str, Any]] = {
     "the mean is not taken off": (Normalizer, "forward", no_mean),
     "no clip of observations": (Normalizer, "forward", lambda n, x: ((x - n.mean) * (n.var + 1e-8).rsqrt()).float()),
     "a layer that NumPy does not know": (ppo_vec, "mlp", with_layer_norm),
-    "squashed means": (Agent, "policy", lambda agent, x: agent.actor(x).tanh()),
+    "squashed means": (Agent, "policy", lambda agent, x: agent.actor(x[..., : agent.obs_dim]).tanh()),
 }
 
 
 def test_without_a_drift_the_check_is_content() -> None:
     for std in (False, True):
-        make_state(make_args(state_dependent_std=std))
+        make_state(make_args(state_dependent_std=std, critic_progress=True))
 
 
 @pytest.mark.parametrize("drift", DRIFTS)

@@ -136,7 +136,7 @@ def bench() -> throughput.Bench:
 def test_all_trainings_are_plain_ppo_and_walk_as_the_policy_does(bench: throughput.Bench) -> None:
     """The tricks may go from `Options`; as long as they are there, they are off in what is compared with peers."""
     off = {
-        "practice": 0, "action_cost": 0, "fall_reward": None, "final_fall_reward": None,
+        "critic_progress": False, "action_cost": 0, "fall_reward": None, "final_fall_reward": None,
         "swa_share": 0, "bounds_loss_coef": 0, "ent_coef": 0, "target_kl": None, "min_std": 0,
         "value_lambda": None, "critic_learning_rate": None, "clip_vloss": False, "state_dependent_std": False,
     }  # fmt: skip

@@ -200,8 +200,10 @@ def call(worker: Worker, name: str, *args: Any) -> Any:
     ("env_id", "num_steps", "rollouts"), [(PENDULUM, 70, 6), (PENDULUM, 100, 5), (WALKER, 60, 5), (LANDER, 60, 5)]
 )
 def test_rollouts_equal_published_environments_stepped_by_hand(env_id: str, num_steps: int, rollouts: int) -> None:
-    """And the next observations at the end."""
-    args = make_args(env_id=env_id, seed=5, num_envs=3, num_workers=2, num_steps=num_steps, num_minibatches=2)
+    """With the episode's length and return behind the observation, and the snapshot at the end."""
+    args = make_args(
+        env_id=env_id, seed=5, num_envs=3, num_workers=2, num_steps=num_steps, num_minibatches=2, critic_progress=True
+    )
     with trainer(args) as (state, envs):
         data, episodes = steps(state, envs, rollouts)
     bound, expected = {PENDULUM: 2}.get(env_id, 1), []
@@ -214,18 +216,18 @@ def test_rollouts_equal_published_environments_stepped_by_hand(env_id: str, num_
         env, obs, episode, length, total = begin(i, 0)
         for row in range(num_steps * rollouts):
             got = {k: data[k][row, i] for k in ("obs", "final_obs", "actions", "rewards", "terminated", "truncated")}
-            assert_same(got["obs"], np.array(obs, np.float64), f"{i}, {row}")
+            assert_same(got["obs"], np.array([*obs, length, total], np.float64), f"{i}, {row}")
             obs, reward, terminated, truncated, _ = env.step(bound * np.clip(got["actions"], -1, 1))
             length, total = length + 1, total + float(reward)
             assert (got["rewards"], got["terminated"], got["truncated"]) == (reward, terminated, truncated)
             if terminated or truncated:
-                assert_same(got["final_obs"], np.array(obs, np.float64), f"{i}, {row}")
+                assert_same(got["final_obs"], np.array([*obs, length, total], np.float64), f"{i}, {row}")
                 expected.append({
                     "env": i, "return": total, "length": length,
                     "fell": bool(terminated and reward <= -100), "global_step": 3 * (row + 1),
                 })  # fmt: skip
                 env, obs, episode, length, total = begin(i, episode + 1)
-        assert_same(data["next_obs"][-1, i], np.array(obs, np.float64))
+        assert_same(data["next_obs"][-1, i], np.array([*obs, length, total], np.float64))
         assert_same(state.envs["obs"][i].numpy(), obs.astype(np.float64))
         assert (state.envs["episode"][i], state.envs["returns"][i]) == (episode, total)
         kept = np.concatenate([chunk.numpy() for chunk in state.envs["actions"][i]])
@@ -281,7 +283,7 @@ def tampered(envs: dict[str, Any], what: str) -> None:
 def test_an_environment_that_cannot_be_replayed_starts_a_new_episode(
     what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = make_args(env_id=PENDULUM, num_envs=3, num_workers=2, num_steps=60)
+    args = make_args(env_id=PENDULUM, num_envs=3, num_workers=2, num_steps=60, critic_progress=True)
 
     def run(tamper: bool) -> tuple[dict[str, np.ndarray], State]:
         def before(k: int) -> None:
@@ -298,7 +300,7 @@ def test_an_environment_that_cannot_be_replayed_starts_a_new_episode(
     assert data["restarted"].tolist() == [[False] * 3, [False] * 3, [False, True, False], [False] * 3]
     assert "1 environments cannot be replayed; their episodes start anew" in capsys.readouterr().err
     obs = gym.make(PENDULUM).reset(seed=ppo_vec.episode_seed(1, 1, 1))[0]
-    assert_same(data["obs"][120, 1], np.array(obs, np.float64))
+    assert_same(data["obs"][120, 1], np.array([*obs, 0, 0], np.float64))
     for name in ("obs", "rewards", "truncated"):
         assert_same(data[name][:, [0, 2]], expected[name][:, [0, 2]])
         assert_same(data[name][:120], expected[name][:120])

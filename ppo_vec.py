@@ -97,7 +97,7 @@ class Args:
     anneal_share: float = 0.2  # the rates fall over this last share of the training; 1: all of it
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
-    value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: plain returns
+    value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: discounted returns
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 10  # epochs over each rollout
     clip_coef: float = 0.2  # the clip range of the probability ratio
@@ -113,26 +113,22 @@ class Args:
     actor_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the actor's hidden layers
     critic_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the critic's hidden layers
     activation: Literal["tanh", "relu", "leaky_relu", "elu"] = "tanh"  # the activation of the hidden layers
-    critic_progress: bool = False  # show the critic, and only it, the episode's length and return so far
+    critic_progress: bool = False  # the critic alone also gets the episode's length and return so far, as two inputs
 
     @property
-    def batch_size(self) -> int:
+    def batch_size(self) -> int:  # of each process
         return self.num_envs * self.num_steps
 
     @property
-    def minibatch_size(self) -> int:
-        return self.batch_size // self.num_minibatches
-
-    @property
-    def extra_dim(self) -> int:  # the columns that only the critic sees; they follow those of an observation
-        return 2 * self.critic_progress
+    def extra_dim(self) -> int:  # the number of inputs that only the critic has; they come after the observation
+        return 2 if self.critic_progress else 0
 
 
 # ---- Agent -----------------------------------------------------------------------------------------------------------
 
 
 class Tanh(nn.Module):
-    """nn.Tanh, to 5e-7. Torch takes MKL's on the CPU, which on AMD processors is four times as slow as this one."""
+    """nn.Tanh, to within 5e-7. Torch takes MKL's on the CPU, which is four times as slow as this on AMD processors."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.tanh() if x.is_cuda else 2 * torch.sigmoid(2 * x) - 1
@@ -226,13 +222,13 @@ class Gaussian(nn.Module):
 
     @torch.no_grad()
     def keep_min_std(self) -> None:
-        """--min-std, which excludes --state-dependent-std."""
+        """Raises standard deviations below --min-std to it; never with --state-dependent-std."""
         if self.min_std:
             self.logstd.clamp_(min=math.log(self.min_std))  # type: ignore[union-attr]
 
     @staticmethod
     def noise(generator: torch.Generator, *shape: int) -> Tensor:
-        """Standard noise from which `act` makes a sample. Drawn by the trainer: workers, however many, draw nothing."""
+        """Standard noise from which `act` makes a sample. Workers draw none, so that their number changes no result."""
         return torch.randn(*shape, generator=generator)
 
     @staticmethod
@@ -247,8 +243,8 @@ class Gaussian(nn.Module):
         return out if noise is None else out + std * noise
 
 
-# Of Box actions; Categorical, further down, is that of Discrete ones. For another, such as a Beta, name here a class
-# with `outputs` and all methods of Gaussian except mean_logstd.
+# The distribution of Box actions; that of Discrete ones is Categorical, further down. For another, such as a Beta, name
+# here a class with `outputs` and all methods of Gaussian except mean_logstd.
 Distribution = Gaussian
 
 
@@ -257,12 +253,12 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args, discrete: bool = False) -> None:
         super().__init__()
-        self.obs_dim, seen = obs_dim, obs_dim + args.extra_dim
-        self.normalizer = Normalizer(seen)
+        self.obs_dim, critic_dim = obs_dim, obs_dim + args.extra_dim
+        self.normalizer = Normalizer(critic_dim)
         self.distribution = (Categorical if discrete else Distribution)(action_dim, args)
         sizes = obs_dim, *args.actor_hidden_sizes, self.distribution.outputs
         self.actor = mlp(sizes, args.activation, last_gain=0.01)
-        self.critic = mlp((seen, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
+        self.critic = mlp((critic_dim, *args.critic_hidden_sizes, 1), args.activation, last_gain=1.0)
         self.distribution.initialize(self.actor[-1])  # type: ignore[arg-type]
 
     def policy(self, x: Tensor) -> Tensor:
@@ -276,15 +272,15 @@ class Agent(nn.Module):
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
 
-# A State, further down, is all that a run must not lose. Training uses its agent, optimizers, device, global_step, two
-# random generators (noise_rng, shuffle_rng), and what scale_rewards keeps: return_statistics, discounted_return (N,).
+# A State, further down, is all that a run must not lose. `collect` and `update` use its agent, optimizers, device,
+# global_step, two random generators (noise_rng, shuffle_rng), and return_statistics and discounted_return (N,).
 
 
 @dataclass
 class Rollout:
-    """What N = num_envs environments did in T = num_steps steps, and what `collect` makes of it. D = obs_dim.
+    """What N = num_envs environments did in T = num_steps steps, and what `collect` makes of it.
 
-    With --critic-progress D = obs_dim + 2: the length and the return of the episode so far follow each observation.
+    D = obs_dim + extra_dim: an observation, then (only with --critic-progress) the episode's length and return so far.
     On the CPU, except obs, normalized_obs, actions and logprobs, which `collect` leaves on the networks' device.
     """
 
@@ -306,12 +302,12 @@ class Rollout:
 def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
     """Divides `rewards` (T, N) by the standard deviation of discounted returns; clips them to +-10; float32.
 
-    37 details, continuous control nos. 8 and 9. Unlike in CleanRL, this rollout's returns count first, and one number
-    divides all its rewards. Updates state.return_statistics, and state.discounted_return (N,) for the next rollout.
+    37 details, continuous control nos. 8 and 9. Unlike in CleanRL, the statistics take in this rollout's returns first;
+    then one number divides all its rewards. Updates state.return_statistics and state.discounted_return (N,).
     """
     goes_on = (~(rollout.terminated | rollout.truncated)).numpy()
     running = state.discounted_return.numpy() * ~rollout.restarted.numpy()
-    returns = rewards.double().numpy()  # of past rewards; in NumPy: torch takes six times as long here
+    returns = rewards.to(torch.float64, copy=True).numpy()  # soon: sums of past rewards; torch takes six times as long
     for t in range(len(returns)):
         returns[t] += gamma * running
         running = returns[t] * goes_on[t]
@@ -331,16 +327,16 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     1. Actions are stored unclipped. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
-    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # each process draws for all
+    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # torchrun: each draws all, uses its own
     noise = agent.distribution.noise(state.noise_rng, *shape)
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size * world_size()
-    rollout.rewards = training_rewards(state, rollout, args)  # scale_rewards, and more for some environments
+    rollout.rewards = training_rewards(state, rollout, args)  # scaled; see also --action-cost, --fall-reward
     rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
     rollout.normalized_obs = x = agent.normalizer(rollout.obs)
     rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
     values = agent.value(x).cpu()  # gae has many small steps, which a GPU would be slow to start
-    rollout.values, rollout.next_values = values[:-1], values[1:].clone()
+    rollout.values, rollout.next_values = values[:-1], values[1:].clone()  # a copy: the last line changes it
     final_obs = rollout.final_obs[rollout.truncated].to(state.device)
     rollout.next_values[rollout.truncated] = agent.value(agent.normalizer(final_obs)).cpu()
     return rollout
@@ -357,7 +353,7 @@ def gae(
 
     next_values[t] is the value of the observation after step t: values[t + 1]. But an environment is reset in the step
     that ends its episode, so in a truncated row it is the value of the true last observation, before the reset. A
-    terminated row is not bootstrapped (termination wins if both are set). Both end the sum of TD errors.
+    terminated row is not bootstrapped (termination wins if both are set). Both kinds of end cut the sum of TD errors.
 
     Args: all (T, N); rewards, values and next_values float32, terminated and truncated bool.
     Returns: advantages (T, N).
@@ -399,7 +395,7 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
 
 
 def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """0.25 x the mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. Adam cancels the factor, clipping does not.
+    """0.25 x mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. Adam cancels it, gradient clipping does not.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
     Returns: the loss, and 0.5 x MSE as a metric without gradient.
@@ -422,40 +418,41 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """
     agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # they minimise policy_ and value_loss
     inputs = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
-    actors = gae(*inputs, args.gamma, args.gae_lambda)  # the actor's advantages; the critic's targets have their own
-    critics = actors if args.value_lambda is None else gae(*inputs, args.gamma, args.value_lambda)
+    advantages = gae(*inputs, args.gamma, args.gae_lambda)
+    critic_advantages = advantages if args.value_lambda is None else gae(*inputs, args.gamma, args.value_lambda)
     batch = {  # (T, N, ...) each
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
-        "advantages": actors, "returns": critics + rollout.values, "values": rollout.values,
+        "advantages": advantages, "returns": critic_advantages + rollout.values, "values": rollout.values,
     }  # fmt: skip
-    parts = all_ranks(batch)  # one, or with torchrun that of each process; flattened to rows:
+    parts = all_ranks(batch)  # [batch], or with torchrun that of each process. They are joined, and flattened to rows:
     batch = {name: torch.cat([part[name] for part in parts], dim=1).flatten(0, 1).to(state.device) for name in batch}
-    advantages, returns, errors = batch["advantages"], batch["returns"], batch["returns"] - batch["values"]
+    advantages, returns = batch["advantages"], batch["returns"]
     batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     inds = [torch.randperm(len(returns), generator=state.shuffle_rng) for _ in range(args.update_epochs)]
     minibatches = torch.stack(inds).view(args.update_epochs * args.num_minibatches, -1).to(state.device)
 
     actor_optimizer.begin_update(args.learning_rate)
     critic_optimizer.begin_update(args.critic_learning_rate or args.learning_rate)
-    # Both networks, which share no weights, at the same time; with torchrun in several processes. See `descend`, below.
+    # Runs `descend`, below, for each network, both at the same time: in threads, CUDA streams or torchrun's processes.
     actor_sums, critic_sums = descend_in_ranks(state, batch, minibatches, args)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
-    explained = float(1 - errors.var() / returns.var()) if returns.var() > 0 else 0.0
+    explained = float(1 - (returns - batch["values"]).var() / returns.var()) if returns.var() > 0 else 0.0
     return {**means(actor_sums), **means(critic_sums), "explained_variance": explained}
 
 
 @torch.no_grad()
-@torch.jit.optimized_execution(False)  # as in `record`
+@torch.jit.optimized_execution(False)  # else a recording's last bits change: see `record`
 def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
-    """A step of Adam for each minibatch, a row of indices into batch.
+    """A step of Adam for each row of `minibatches`, the indices of its rows of `batch`.
 
     Returns "steps", how many were taken, and the sum of each metric over them.
     """
-    gradient_of, rows = optimizer.recording or flat_gradient, []  # the first: faster, with the same bits; see `record`
+    gradient_of = optimizer.recording or flat_gradient  # the same to the bit, but a recording is faster: see `record`
+    rows = []  # one a minibatch: whether a step was taken (1 or 0), then the metrics
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
-        if args.target_kl is not None and "approx_kl" in metrics:  # the actor; before the step, as in SB3
+        if args.target_kl is not None and "approx_kl" in metrics:  # the actor; before the step, not after
             optimizer.halt_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = optimizer.take_step(gradient, args.max_grad_norm)
         rows.append(torch.stack([1 - optimizer.halted, *metrics.values()]))
@@ -499,20 +496,20 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
         state.agent.load_state_dict(saved["agent"])
     elif saved:
         state.load_gathered(saved)
-    envs = VecEnv(args, task, state.envs)  # the last: a snapshot of where they are, which each rollout changes
+    envs = VecEnv(args, task, state.envs)  # the last: a snapshot of where they are, changed in place by each rollout
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
         save(state, log)  # at once, so that --resume finds a checkpoint whenever the run is stopped
         while state.global_step < args.total_timesteps and not stopped():
             log.lap("files")  # starts the clock of the rollout: files and evaluations are no training time
-            now = scheduled(args, state.global_step, state.shown)  # the arguments of this iteration
+            now = scheduled(args, state.global_step, state.shown)  # with the learning rates and prices of now
             rollout = collect(envs, state, now)
             log.lap("rollout")
             metrics = update(state, rollout, now)
             log.lap("update")
             average_weights(state, args)
-            note_returns(state, rollout)
+            note_returns(state, rollout)  # sets state.shown: how near the goal the policy has come
             log.iteration(state, rollout, metrics, now)
             if should_evaluate(state, args):
                 evaluate(envs, state, log)
@@ -520,10 +517,10 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
                 save(state, log)
         save(state, log)  # the trained networks, in case the tests below fail
         if not stopped():
-            deliver(envs, state, log)
+            deliver(envs, state, log)  # chooses the final policy, and tests it
         plot_learning_curve(state, log)
         save(state, log)  # with the results of the tests
-    return None if state.finished else stopped()  # a signal after the end has changed nothing
+    return None if state.finished else stopped()  # a signal that came after the end changed nothing
 
 
 # ======================================================================================================================

@@ -22,6 +22,11 @@ NAMES = "envpool", "stable_baselines3", "skrl"  # as they are imported
 VALUE_WEIGHT = 0.25  # of the critic's mean squared error, as in ppo_vec.value_loss
 
 
+def minibatch_size(args: pv.Options) -> int:
+    """The rows of a minibatch."""
+    return args.batch_size // args.num_minibatches
+
+
 def stock(kind: Callable[[list[Callable]], Any], args: pv.Options) -> Any:
     """The published environments in a vector environment of that kind."""
     return kind([lambda: gym.make(args.env_id, disable_env_checker=True)] * args.num_envs)
@@ -49,7 +54,7 @@ def sb3(agent: pv.Agent, args: pv.Options, kind: str) -> tuple[Any, Callable[[],
     kinds = {"DummyVecEnv": DummyVecEnv, "SubprocVecEnv": partial(SubprocVecEnv, start_method=pv.Options.start_method)}
     venv = VecNormalize(stock(kinds[kind], args), gamma=args.gamma)
     model = PPO(
-        "MlpPolicy", venv, learning_rate=args.learning_rate, n_steps=args.num_steps, batch_size=args.minibatch_size,
+        "MlpPolicy", venv, learning_rate=args.learning_rate, n_steps=args.num_steps, batch_size=minibatch_size(args),
         n_epochs=args.update_epochs, gamma=args.gamma, gae_lambda=args.gae_lambda, clip_range=args.clip_coef,
         normalize_advantage=True, ent_coef=0.0, vf_coef=VALUE_WEIGHT, max_grad_norm=args.max_grad_norm, device="cpu",
         seed=0, policy_kwargs={

@@ -296,7 +296,7 @@ def updating(bench: Bench, args: pv.Options) -> Iterator[float]:
 def products_alone(bench: Bench, args: pv.Options) -> Iterator[float]:
     """The update's matrix products alone: every layer's output, gradient of its weight and, but for a first layer, of
     its input."""
-    agent, n, calls = bench.start(args)[0].agent, args.minibatch_size, []
+    agent, n, calls = bench.start(args)[0].agent, peers.minibatch_size(args), []
     for net in (agent.actor, agent.critic):
         for m in net[::2]:  # the linear ones
             x, weight, y = torch.randn(n, m.in_features), m.weight.detach(), torch.randn(n, m.out_features)
@@ -399,7 +399,10 @@ def make_rows(bench: Bench, workers: int, threads: int, peer_threads: int) -> Ro
     base = bench.args(FEW, workers)
     small = replace(base, num_minibatches=base.batch_size // 64)
     for args, note in ((base, ""), (small, ", the default of SB3")):
-        is_small, group = args is small, f"whole training, {FEW} envs, minibatches of {args.minibatch_size}{note}"
+        is_small, group = (
+            args is small,
+            f"whole training, {FEW} envs, minibatches of {peers.minibatch_size(args)}{note}",
+        )
         for kind in ("SubprocVecEnv", "DummyVecEnv"):
             turns = peer_training(bench, args, peers.sb3, kind)
             row((kind, is_small), group, f"SB3 PPO, {kind}", turns, "stable_baselines3")
@@ -414,7 +417,7 @@ def make_rows(bench: Bench, workers: int, threads: int, peer_threads: int) -> Ro
         )
     shipped = replace(bench.shipped, num_workers=base.num_workers)
     row("shipped", rows["train", False].group, "ours, as shipped (tuned defaults)", training(bench, shipped))
-    group = f"update, {base.batch_size} rows, minibatches of {base.minibatch_size}"
+    group = f"update, {base.batch_size} rows, minibatches of {peers.minibatch_size(base)}"
     row("floor", group, "its bare matrix products, one thread", products_alone(bench, base), unit="ms")
     rows["floor"].threads = 1
     row("update", group, "one update", updating(bench, base), unit="ms")

@@ -2360,7 +2360,7 @@ class Log:
                 if file.seek(0, os.SEEK_END) == 0:  # new, or lost
                     file.write(header)
         best = TUNED.get(self.args.env_id, {}).items()
-        tuned = " ".join(f"{flag(name)} {value}" for name, value in best if getattr(self.args, name) == value)
+        tuned = " ".join(typed(name, value) for name, value in best if getattr(self.args, name) == value)
         say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}, tuned: {tuned or 'nothing'}")
         if world_size() > 1:
             say(f"{world_size()} processes of {self.args.num_envs} environments each")
@@ -2580,6 +2580,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def typed(name: str, value: Any) -> str:
+    """A flag with its value, as one types it."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return " ".join((flag(name), *map(str, value if isinstance(value, (tuple, list)) else [value])))
+
+
 def code_flags(args: Options) -> str:
     """What is to be typed again with --resume and --evaluate: a checkpoint alone imports no code."""
     wrappers = f" --wrappers {shlex.join(args.wrappers)}" if args.wrappers else ""
@@ -2710,8 +2717,8 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
         with refuse("the checkpoint does not fit"), torch.device("meta"):  # networks without memory
             own = Agent(task.obs_dim, task.action_dim, args, task.discrete)
             if kind(tree["agent"]) != kind(own.state_dict()):
-                names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes"
-                words = " ".join(f"{flag(name)} {tree['args'].get(name)}" for name in names)
+                names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes", "critic_progress"
+                words = " ".join(typed(name, tree["args"].get(name, getattr(Options, name))) for name in names)
                 raise ValueError(f"its networks have other sizes or actions, as in older versions; it has {words}")
             if (activation := tree["args"]["activation"]) != args.activation:
                 raise ValueError(f"its networks need --activation {activation}")

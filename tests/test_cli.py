@@ -208,6 +208,8 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--resume RUN --total-timesteps 0", "--total-timesteps"), ("--resume RUN/args.json", "RUN/args.json"),
     ("--resume RUN/best.pt", "best.pt is another file"), ("--resume RUN/other.pt", "other.pt is another file"),
     ("--init-from RUN --env-id Pendulum-v1", "its networks have other sizes"), ("--init-from RUN/no", "RUN/no"),
+    ("--init-from RUN --critic-progress", "--actor-hidden-sizes 4 --critic-hidden-sizes 4 --no-critic-progress"),
+    ("--resume RUN --critic-progress", "--critic-progress cannot change"),
     ("--init-from=", "there is no checkpoint"),
     ("--init-from RUN --initial-std 0.3", "--initial-std has no effect with --init-from"),
     ("--lr 1e-3", "here it is --learning-rate"), ("--batch_size=64", "--num-minibatches"), ("--gpu", "--cuda"),
@@ -273,12 +275,14 @@ def test_walker_without_a_version_is_the_walker() -> None:
 
 def test_a_run_says_which_tuned_values_it_has(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
     """Those that no flag has changed. Then a run of an environment that nobody tuned."""
-    monkeypatch.setitem(ppo_vec.TUNED, "Pendulum-v1", {"gamma": 0.9, "learning_rate": 1e-3})
+    best = {"gamma": 0.9, "actor_hidden_sizes": (8, 8), "critic_progress": True, "clip_vloss": False}
+    monkeypatch.setitem(ppo_vec.TUNED, "Pendulum-v1", best)
     flags = "--env-id Pendulum-v1 --num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 2 --total-timesteps 16"
-    for name, typed, said in (("a", [], "--gamma 0.9 --learning-rate 0.001"), ("b", ["--gamma", "0.8"], None)):
+    others = "--actor-hidden-sizes 8 8 --critic-progress --no-clip-vloss"  # as one types them
+    for name, typed, said in (("a", [], f"--gamma 0.9 {others}"), ("b", ["--gamma", "0.8"], others)):
         assert train(tmp_path / name, *flags.split(), "--eval-episodes", "1", *typed) == 0
         line = capfd.readouterr().err.splitlines()[0]
-        assert line == f"Pendulum-v1, seed 1, in {tmp_path / name}, tuned: {said or '--learning-rate 0.001'}"
+        assert line == f"Pendulum-v1, seed 1, in {tmp_path / name}, tuned: {said}"
     monkeypatch.delitem(ppo_vec.TUNED, "Pendulum-v1")
     assert train(tmp_path / "c", *flags.split(), "--eval-episodes", "1") == 0
     assert capfd.readouterr().err.splitlines()[0].endswith(", tuned: nothing")

@@ -40,6 +40,8 @@ import random
 import re
 import shlex
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -542,14 +544,16 @@ class Options(Args):
     runs_dir: str = "runs"  # the folder of the run folders
     run_name: str | None = None  # the run folder's name; None: {env_id}__ppo_vec__{seed}__{time}
     resume: str | None = None  # continue this run (its folder, or "latest")
-    init_from: str | None = None  # begin a new run with the networks and the normaliser of this one (as --evaluate)
+    init_from: str | None = None  # begin a new run with this one's networks and normaliser (named as for --evaluate)
     evaluate: str | None = None  # evaluate this run (its folder, "latest", or a checkpoint) instead of training
-    eval_episodes: int = 100  # test episodes, with --evaluate and after training (to choose: as many, or 20)
+    eval_episodes: int = (
+        100  # test episodes, of --evaluate and of the end of a training, whose choice plays as many, or 20
+    )
     eval_max_steps: int = 10_000  # ends an evaluation episode of an environment without a time limit
     capture_video: bool = False  # write an mp4 of an episode of the deterministic policy into the run's videos/
     track: bool = False  # also log to Weights and Biases (pip install wandb)
     num_workers: int | None = None  # processes that share the environments; None: one per core; changes no result
-    # Forking takes a tenth of a second, spawning many (each worker imports torch). macOS cannot fork safely.
+    # Forking takes 0.1 s, spawning seconds: each worker imports torch. macOS cannot fork safely.
     start_method: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"  # how they start
     worker_timeout: float = 60.0  # seconds without a step after which a worker counts as hung and is replaced
 
@@ -627,8 +631,8 @@ def note_returns(state: State, rollout: Rollout) -> None:
 
 def training_rewards(state: State, rollout: Rollout, args: Options) -> Tensor:
     """The (T, N) rewards that training uses: the raw ones less the action cost, scaled; a fall has its own price."""
-    effort = rollout.actions.abs().clamp(max=1).sum(-1)
-    rewards = scale_rewards(state, rollout.rewards.float() - args.action_cost * effort, rollout, args.gamma)
+    strength = rollout.actions.abs().clamp(max=1).sum(-1)
+    rewards = scale_rewards(state, rollout.rewards.float() - args.action_cost * strength, rollout, args.gamma)
     if args.fall_reward is not None:
         rewards[rollout.terminated & (rollout.rewards <= FALL)] = args.fall_reward
     return rewards
@@ -642,7 +646,7 @@ def average_weights(state: State, args: Options) -> None:
     if args.swa_share and state.global_step > (1 - args.swa_share) * args.total_timesteps:
         state.average.update_parameters(state.agent)
     else:
-        state.average.n_averaged.zero_()
+        state.average.n_averaged.zero_()  # the next one begins anew, also after --resume with more steps
 
 
 # ---- The optimizer ---------------------------------------------------------------------------------------------------
@@ -663,7 +667,7 @@ class FlatAdam:
         self.halted = zero.clone()  # 1 beyond target_kl: Adam takes no more steps (torch's found_inf)
         self.learning_rate: Any = 0.0
         self.group = dist.new_group(list(ranks)) if len(ranks) > 1 else None  # of the processes that train it together
-        self.recording: Callable[..., tuple[Tensor, Tensors]] | None = None  # these two: record
+        self.recording: Callable[..., tuple[Tensor, Tensors]] | None = None  # these two are set by `record`
         self.recorded: Any = None
 
     def tensors(self) -> list[Tensor]:
@@ -730,16 +734,13 @@ class Categorical(nn.Module):
     @staticmethod
     def act(out: np.ndarray, std: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
         """In NumPy: logits (n, action_dim), noise or None for the likeliest -> one-hot actions (n, action_dim)."""
-        scores = out if noise is None else out + noise
-        actions = np.zeros_like(scores, np.float32)
-        actions[np.arange(len(actions)), scores.argmax(-1)] = 1
-        return actions
+        best = (out if noise is None else out + noise).argmax(-1)
+        return (best[:, None] == np.arange(out.shape[-1])).astype(np.float32)
 
 
 # ---- Environments ----------------------------------------------------------------------------------------------------
 
 WALKERS = "BipedalWalker-v3", "BipedalWalkerHardcore-v3"
-LARGE = 5_000  # numbers of an observation that are worth a warning
 FALL = -100.0  # the reward of a fall or crash in Gymnasium's Box2D environments
 
 # Three ranges of episode seeds that never meet, below 2^31: some simulators take a C int.
@@ -776,12 +777,14 @@ def make_env(args: Options, published: bool = False, render: bool = False) -> An
 
     Walkers are fast ones with a fresh world at each reset, unless `published`.
     """
-    kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if render else {})  # not every one takes it
+    kwargs = json.loads(args.env_kwargs) | (
+        {"render_mode": "rgb_array"} if render else {}
+    )  # not every environment takes it
     fast = args.env_id in WALKERS and not published
     entry: Any = Walker
     made: Any = dataclasses.replace(gym.spec(args.env_id), entry_point=entry) if fast else args.env_id
     env: Any = gym.make(made, disable_env_checker=True, **kwargs)
-    if fast:  # it counts its steps itself: gym.make's wrappers would step it alone
+    if fast:  # without gym.make's wrappers, so that step_walkers can step several at once; it counts its steps itself
         spec, env = env.spec, env.unwrapped
         env.spec, env.max_episode_steps = spec, spec.max_episode_steps or math.inf
     for wrapper in args.wrappers:
@@ -805,7 +808,7 @@ def make_task(args: Options) -> Task:
             raise
     if isinstance(result, UserError):
         raise result
-    if result.obs_dim > LARGE:
+    if result.obs_dim > 5_000:
         say(f"warning: an observation is {result.obs_dim} numbers, and there are no convolutions: slow, if it learns")
     return result
 
@@ -814,15 +817,15 @@ def inspect_env(args: Options) -> Task:
     """Makes the environment, looks at its spaces, takes a few steps. Raises UserError."""
     extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
-    outdated = warnings.catch_warnings(action="ignore")  # of a version: the error says it, too
-    with refuse(what), outdated, closing(make_env(args, published=True, render=args.capture_video)) as env:
+    quiet = warnings.catch_warnings(action="ignore")  # such as "v2 is out of date": the error says it, too
+    with refuse(what), quiet, closing(make_env(args, published=True, render=args.capture_video)) as env:
         obs, actions, spec = env.observation_space, env.action_space, env.spec
         discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
         if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
             kinds = f"{space_name(obs)} observations and {space_name(actions)} actions"
             raise ValueError(f"it has {kinds}; supported are Box, and Discrete actions or Box ones with finite bounds")
-        if discrete and (args.min_std or args.state_dependent_std):
-            raise ValueError("--min-std and --state-dependent-std are for Box actions; its actions are discrete")
+        if discrete and (args.min_std or args.state_dependent_std or args.action_cost):
+            raise ValueError("--min-std, --state-dependent-std and --action-cost are for Box actions; its are discrete")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("it has no render mode rgb_array")
         take_steps(env)
@@ -831,12 +834,12 @@ def inspect_env(args: Options) -> Task:
             with refuse(f"it cannot be rendered{display}", ValueError):
                 render_frame(env)
         limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
-        low, high = (np.arange(actions.n) + actions.start,) * 2 if discrete else float32_bounds(actions)
+        low, high = (np.arange(int(actions.n)) + int(actions.start),) * 2 if discrete else float32_bounds(actions)
         return Task(int(np.prod(obs.shape)), low, high, limit, goal)
 
 
 def take_steps(env: Any) -> None:
-    """A reset and three steps. Raises ValueError for what is not as Gymnasium has it, and does harm."""
+    """A reset and three steps. Raises ValueError for what breaks Gymnasium's rules in a way that does harm here."""
 
     def check(what: str, value: Any, shape: tuple[int, ...]) -> None:
         with refuse(f"{what} cannot be numbers", ValueError):
@@ -844,7 +847,7 @@ def take_steps(env: Any) -> None:
         if array.size != np.prod(shape):  # (1,) for a number, or a flat image, do no harm
             raise ValueError(f"{what} has the shape {array.shape}, not {shape}")
         if not np.isfinite(array).all():
-            raise ValueError(f"{what} is not finite: {one_line(ValueError(array))}")
+            raise ValueError(f"{what} is not finite: {one_line(array)}")
 
     words = {"reset()": "(observation, info)", "step()": "(observation, reward, terminated, truncated, info)"}
     seed_everything(env, 0)
@@ -891,15 +894,15 @@ def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     return low.ravel(), high.ravel()
 
 
-def one_line(error: Exception) -> str:
-    words = re.sub(r"^\[Errno -?\d+\] ", "", str(error))
-    text = " ".join(words.split())[:200] or type(error).__name__
+def one_line(error: Any) -> str:
+    """The text of an error, or of anything else, in one short line."""
+    text = " ".join(re.sub(r"^\[Errno -?\d+\] ", "", str(error)).split())[:200] or type(error).__name__
     return f"{text.rstrip('.')}; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else text
 
 
 @contextmanager
 def refuse(what: str, error_class: type[Exception] = UserError) -> Iterator[None]:
-    """Makes whatever is raised an error of one line."""
+    """Raises whatever is raised inside as an error_class of one line that begins with `what`."""
     try:
         yield
     except Exception as error:
@@ -907,7 +910,7 @@ def refuse(what: str, error_class: type[Exception] = UserError) -> Iterator[None
 
 
 def seed_everything(env: gym.Env, seed: int) -> None:
-    """What an environment may draw from beside its own generator."""
+    """Seeds what an environment may draw from besides its own generator."""
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     env.action_space.seed(seed), env.observation_space.seed(seed)
 
@@ -935,14 +938,14 @@ def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None]
     if isinstance(envs[0], Walker):
         beat()
         return step_walkers(envs, actions)
-    space, seen, steps = envs[0].action_space, envs[0].observation_space, []
+    space, obs_space, steps = envs[0].action_space, envs[0].observation_space, []
     if space.dtype.kind in "iu":
         actions = np.rint(actions)  # a cast alone would round to zero
     for env, row in zip(envs, actions):
         steps.append(env.step(row.reshape(space.shape).astype(space.dtype)[()]))  # [()]: a scalar for Discrete
         beat()
     obs, rewards, terminated, truncated, _ = zip(*steps)
-    obs = np.stack([flat(each, seen) for each in obs])
+    obs = np.stack([flat(each, obs_space) for each in obs])
     numbers = (rewards, np.float64), (terminated, bool), (truncated, bool)
     return obs, *(np.array([np.asarray(v, dtype).item() for v in values], dtype) for values, dtype in numbers)
 
@@ -966,7 +969,7 @@ class Policy:
     def __init__(self, weights: Tensors, activation: str, low: np.ndarray, high: np.ndarray) -> None:
         obs_dim = weights["actor.0.weight"].shape[1]
         logstd = weights.get("distribution.logstd", weights.get("actor.logstd"))  # the second: in older files
-        # (In older files the normaliser has two more columns: the critic's own.)
+        # [:obs_dim]: with --critic-progress, and in older files, two more columns follow, which only the critic sees.
         self.obs_mean = weights["normalizer.mean"][:obs_dim].cpu().numpy()
         self.obs_scale = (weights["normalizer.var"][:obs_dim] + 1e-8).rsqrt().cpu().numpy()
         arrays: list[Any] = [torch.empty(0) if logstd is None else logstd.exp()]
@@ -1004,7 +1007,7 @@ class Policy:
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Raw observation (obs_dim,) or batch (n, obs_dim) -> deterministic actions ready for step(), one or (n, ...).
 
-        An observation may also have the environment's own shape, as (4, 3) for four stacked frames of three numbers.
+        An observation may also have the environment's own shape, as (4, 3) for four stacked frames; (1, n) is a batch.
         """
         obs, size = np.asarray(obs, np.float64), len(self.obs_mean)
         actions = self.env_action(self.sample(obs.reshape(-1, size)))
@@ -1036,7 +1039,7 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
     actions = policy.distribution.act(out.numpy(), policy.std, noise)
     log_prob, entropy = distribution.log_prob_entropy(out, torch.from_numpy(actions))
     surprise = -log_prob - entropy  # 0 in the mean
-    if not surprise.mean().abs() < 6 * surprise.std() / math.sqrt(len(out)) + 1e-3:
+    if not surprise.mean().abs() < 6 * surprise.std() / math.sqrt(len(out)) + 1e-3:  # or NaN
         name = type(distribution).__name__
         raise TrainingError(f"{name}.act draws other actions than {name}.log_prob_entropy and {name}.noise expect")
 
@@ -1069,8 +1072,8 @@ class Worker(gym.Env):
     """
 
     observation_space = action_space = gym.spaces.Discrete(1)
-    envs: Any = ()  # a list of them, in training
-    playing: Any = ()  # the same in an evaluation
+    envs: Any = ()  # lists, of training and of an evaluation; but VecEnv.start also makes a Worker without __init__,
+    playing: Any = ()  # which is closed
 
     def __init__(
         self, index: int, first: int, last: int, args: Options, task: Task, shared: Any, snapshot: Any
@@ -1080,10 +1083,7 @@ class Worker(gym.Env):
         self.first_number = rank() * args.num_envs + first  # of the first environment, counted over all ranks
 
     def run(self, name: str, policy: Policy, *args: Any) -> Any:
-        """A method's result, its UserError, or the text of its traceback.
-
-        AsyncVectorEnv hangs if an exception cannot be pickled.
-        """
+        """A method's result, its UserError, or its traceback: AsyncVectorEnv hangs if an error cannot be pickled."""
         try:
             self.policy = policy
             return getattr(self, name)(*args)
@@ -1161,7 +1161,7 @@ class Worker(gym.Env):
                 steps = (self.step(slice(i, i + 1), action.numpy()[None]) for action in itertools.chain(*past))
                 ended = any(terminated[0] or truncated[0] for _, terminated, truncated in steps)
             if ended or not (np.array_equal(self.obs[i], obs) and self.returns[i] == returns):
-                self.data.restarted[self.first + i] = begun  # it is not the same here, as on another machine
+                self.data.restarted[self.first + i] = begun  # the replay ended elsewhere, as on another machine
                 self.begin(i, self.episode[i] + 1)
 
     def play(
@@ -1170,8 +1170,8 @@ class Worker(gym.Env):
         """This worker's part of a share of evaluation episodes: index into seeds, and what play_batch says of each.
 
         Walkers play side by side, so that their lidars are computed together. Of others one is held at a time: it may
-        be large. Environments are reused, also in what is there `more` to play; but published walkers, whose world
-        remembers earlier episodes, are made anew.
+        be large. Environments are reused, and kept for the next call if there is `more` to play; but published
+        walkers, whose world remembers earlier episodes, are made anew.
         """
         begin, end = (share.start + len(share) * i // workers for i in (self.index, self.index + 1))
         size = max(8, self.last - self.first) if self.args.env_id in WALKERS else 1
@@ -1213,16 +1213,13 @@ class Worker(gym.Env):
 
 
 def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *args: Any) -> None:
-    """The process of a worker. It ends with its trainer, however that ended, and never by a signal meant for that.
-
-    (The handlers do nothing; an ignored signal would be inherited by whatever an environment starts.)
-    """
+    """The process of a worker. It ends when its trainer has ended, in whatever way, and by no signal to the trainer."""
     worker, parent = workers[index](), multiprocessing.parent_process()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: None)  # not SIG_IGN: what an environment starts would inherit that
     block_signals(False)  # VecEnv.start blocks them
 
-    def watch() -> None:  # (of pipes, a sibling may keep the other end open)
+    def watch() -> None:  # (the pipe does not tell: a forked sibling may hold its other end open)
         while parent is not None and os.getppid() == parent.pid and parent.is_alive():
             time.sleep(0.5)
         threading.Timer(CLOSING, os._exit, (1,)).start()
@@ -1257,7 +1254,7 @@ class VecEnv(AsyncVectorEnv):
         self.num_workers = min(args.num_workers or usable_cores(), args.num_envs)
         T, N, A, D = args.num_steps, args.num_envs, task.action_dim, task.obs_dim + args.extra_dim
         specs = {
-            "obs": ((T + 1, N, D), np.float64), "final_obs": ((T, N, D), np.float64),  # an offset costs no digits
+            "obs": ((T + 1, N, D), np.float64), "final_obs": ((T, N, D), np.float64),  # float32 would lose digits
             "actions": ((T, N, A), np.float32), "noise": ((T, N, A), np.float32), "rewards": ((T, N), np.float64),
             "terminated": ((T, N), np.bool_), "truncated": ((T, N), np.bool_), "restarted": ((N,), np.bool_),
             "episode": ((N,), np.int64), "returns": ((N,), np.float64),  # for the next snapshot
@@ -1275,13 +1272,13 @@ class VecEnv(AsyncVectorEnv):
         common: tuple[Any, ...] = self.args, self.task, self.shared, self.snapshot
         workers = [functools.partial(Worker, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))]
         self.data.beats[...], self.closed = 0, False
-        if self.args.start_method == "spawn":  # its start would unblock them
+        if self.args.start_method == "spawn":  # it starts this tracker, which would unblock the signals
             resource_tracker.ensure_running()
         block_signals(True)  # until a worker has its own handlers
         try:
             with refuse("cannot start the workers; fewer --num-workers, or a higher ulimit, may help", TrainingError):
                 super().__init__(
-                    [functools.partial(gym.Env.__new__, Worker)] * len(workers),  # only the first shows its spaces
+                    [functools.partial(gym.Env.__new__, Worker)] * len(workers),  # one is made here, for its spaces
                     shared_memory=False, context=self.args.start_method, worker=functools.partial(worker_main, workers),
                     autoreset_mode=AutoresetMode.DISABLED, daemon=False,  # a daemon may start no processes
                 )  # fmt: skip
@@ -1290,6 +1287,11 @@ class VecEnv(AsyncVectorEnv):
             raise
         finally:
             block_signals(False)
+        # Large weights do not fit into a pipe: without a limit, to send them to a stopped worker would take for ever.
+        limit = struct.pack("ll", math.ceil(max(self.args.worker_timeout, STARTING)), 0)
+        for pipe in self.parent_pipes if os.name == "posix" else ():
+            with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def _check_spaces(self) -> None:
         """AsyncVectorEnv would wait here, without a limit, to learn what we know."""
@@ -1300,6 +1302,8 @@ class VecEnv(AsyncVectorEnv):
         pipes = list(filter(None, self.parent_pipes))  # AsyncVectorEnv forgets that of a worker that has failed
         for pipe in pipes:
             with suppress(OSError):
+                if os.name == "posix":
+                    os.set_blocking(pipe.fileno(), False)  # that of a stopped worker may be full
                 pipe.send(("close", None))
         for process in self.processes:
             if process.pid is not None:  # it has been started
@@ -1325,7 +1329,9 @@ class VecEnv(AsyncVectorEnv):
             self.replacements += 1
             again, faults = fault in faults and "\n" in fault, [*faults, fault]  # the same traceback
             if again or len(faults) == MAX_FAULTS:
-                text = one_line(ValueError(re.split(r"\n\s[^\n]*(?=\n)", fault)[-1]))  # of a traceback the error itself
+                text = one_line(
+                    re.split(r"\n  (?:File|\[Prev)[^\n]*(?:\n    [^\n]*)*", fault)[-1]
+                )  # what follows its frames
                 raise TrainingError(f"gave up after {len(faults)} attempts without progress: {text}")
             say(f"warning: {fault}; starting new workers where the last rollout ended", any_rank=True)
 
@@ -1349,9 +1355,9 @@ class VecEnv(AsyncVectorEnv):
                         raise TrainingError(f"worker {i} took no step for {limit:g} s (--worker-timeout)")
             results = list(self.call_wait())
         except (EOFError, OSError) as error:
-            codes = enumerate(process.join(0.2) or process.exitcode for process in self.processes)
+            codes = enumerate(process.join(0.2) or process.exitcode for process in self.processes)  # join: None
             ended = (f"worker {i} ended with exit code {code}" for i, code in codes if code is not None)
-            raise TrainingError(next(ended, "a worker closed its pipe")) from error
+            raise TrainingError(next(ended, "a worker takes no messages")) from error
         for i, result in enumerate(results):
             if isinstance(result, str):
                 raise TrainingError(f"worker {i} failed:\n{result}")
@@ -1366,15 +1372,15 @@ class VecEnv(AsyncVectorEnv):
         data.noise[...] = noise[:, rank() * self.args.num_envs :][:, : self.args.num_envs]
         data.restarted[...] = False
         shares = self.call("rollout", weights)
-        if data.restarted.any():
-            say(f"warning: {data.restarted.sum()} environments cannot be replayed; their episodes start anew")
+        if count := data.restarted.sum():
+            say(f"warning: {count} environments cannot be replayed; their episodes start anew", any_rank=True)
         bad = []
-        for order, name in enumerate(("obs", "actions", "final_obs", "rewards")):
-            bad += [(t, order, env, name) for t, env, *_ in np.argwhere(~np.isfinite(getattr(data, name)))[:1]]
+        for name in ("obs", "actions", "final_obs", "rewards"):
+            bad += [(name, *place) for place in np.argwhere(~np.isfinite(getattr(data, name)))[:1].tolist()]
         if bad:  # the first: what follows from it is not finite either
-            t, _, env, name = min(bad)
-            value, env = getattr(data, name)[t, env], env + rank() * self.args.num_envs
-            raise TrainingError(f"{name} of environment {env} at step {t} of the rollout are not finite: {value}")
+            name, t, env, *column = min(bad, key=lambda each: each[1])
+            value, env = getattr(data, name)[t, env, *column], env + rank() * self.args.num_envs
+            raise TrainingError(f"{name}{column or ''} of environment {env} at step {t} of the rollout is {value}")
         episodes = list(itertools.chain.from_iterable(itertools.chain(*all_ranks(shares))))
         episodes.sort(key=lambda e: (e["t"], e["env"]))
         for episode in episodes:
@@ -1393,7 +1399,7 @@ class VecEnv(AsyncVectorEnv):
         return Rollout(**{name: torch.from_numpy(getattr(data, name)) for name in names}, episodes=episodes)
 
     def play(self, weights: dict, seeds: Sequence[int], published: bool = False, show: bool = False) -> Episodes:
-        """One episode per seed with the deterministic policy, a quota that favours no short ones (SB3 #402).
+        """One episode per seed with the deterministic policy: short episodes are not favoured (SB3 #402).
 
         To `show` a progress bar, it plays in portions. These change no bit: a row keeps its place in its tile.
         """
@@ -1418,7 +1424,7 @@ class VecEnv(AsyncVectorEnv):
 
 
 def usable_cores() -> int:
-    """Of this process, when torchrun has started several on this machine."""
+    """The cores that this process may use: with torchrun its share of the machine's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # a container's share of the machine; no number: all of it
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -1606,7 +1612,7 @@ def all_ranks(value: Any) -> list[Any]:
 
 
 def mean_of_group(vector: Tensor, group: Any) -> Tensor:
-    """In place, in the processes of a group; one of a single process is None."""
+    """Replaces `vector` by its mean over the ranks of `group`, in place. No group (None): this rank is alone."""
     if group is not None:
         with refuse(RANK_ENDED, TrainingError):
             dist.all_reduce(vector, group=group)
@@ -1630,19 +1636,19 @@ def descend_in_ranks(state: State, batch: Tensors, minibatches: Tensor, args: Ar
     if world_size() == 1:
         return state.descend_all(state.optimizers, batch, minibatches, args)
     group, optimizer = trainers(rank() % 2), state.optimizers[rank() % 2]
-    size = minibatches.shape[1] // len(group)  # odd numbers of processes may leave out a row or two
+    size = minibatches.shape[1] // len(group)  # an odd number of processes may leave out a few rows
     rows = minibatches[:, group.index(rank()) * size :][:, :size]
     (sums,) = state.descend_all([optimizer], batch, rows, args)
-    parts = all_ranks((sums, optimizer.tensors() if rank() < 2 else []))
+    parts = all_ranks((sums, optimizer.tensors() if rank() < 2 else []))  # rank 0 has the actor, rank 1 the critic
     for each, (_, tensors) in zip(state.optimizers, parts):
         for own, new in zip(each.tensors(), tensors):
             own.copy_(new)
-    by_network = [[parts[i][0] for i in trainers(network)] for network in (0, 1)]
+    by_network = [[sums for sums, _ in parts[network::2]] for network in (0, 1)]  # as in `trainers`
     return [{name: sum(part[name] for part in some) / len(some) for name in some[0]} for some in by_network]
 
 
 def join_ranks(argv: Sequence[str]) -> None:
-    """Raises UserError where the processes are not of one kind."""
+    """Connects torchrun's processes. Raises UserError where their arguments, program or versions differ."""
     if "RANK" not in os.environ:
         return
     if any(name not in os.environ for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
@@ -1661,12 +1667,11 @@ def join_ranks(argv: Sequence[str]) -> None:
 
 
 def from_rank_0(action: Callable[[], Any]) -> Any:
-    """What `action` returns, or raises, in the process of rank 0: the others need not have its files."""
+    """What `action` returns in rank 0, which alone has the files, in all ranks. What it raises ends the others, too."""
     try:
-        result = action() if rank() == 0 else None
+        box = [action() if rank() == 0 else None]
     except (UserError, SystemExit) as error:
-        result = error
-    box = [result]
+        box = [error]
     if world_size() > 1:
         dist.broadcast_object_list(box)
     if isinstance(box[0], BaseException):
@@ -1677,12 +1682,12 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
 # ---- Fast updates: recordings and CUDA graphs ------------------------------------------------------------------------
 
 
-# Arguments that may change in each update, in ours or in an edited loss, which gets them as tensors.
+# Arguments that `scheduled`, or your edit of it, may change in each update: a loss gets them as tensors.
 SCALARS = "ent_coef", "clip_coef", "learning_rate", "critic_learning_rate", "gamma"
 
 
 def fixed_args(args: Args) -> dict[str, Any]:
-    """What is in a recording, or a CUDA graph, of the arguments: where one of these changes, it is made anew."""
+    """The arguments whose values are fixed in a recording or a CUDA graph; it is made anew where one changes."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in SCALARS}
 
 
@@ -1705,7 +1710,7 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
 
     names: list[str] = []
 
-    def gradient(mb_inds: Tensor, *tensors: Any) -> list[Tensor]:
+    def traced(mb_inds: Tensor, *tensors: Any) -> list[Tensor]:
         now = dataclasses.replace(args, **dict(zip(SCALARS, tensors)))
         gradient, metrics = flat_gradient(optimizer, dict(zip(batch, tensors[len(SCALARS) :])), mb_inds, now)
         names[:] = metrics
@@ -1717,16 +1722,16 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
 
     inputs = minibatches[0], *(getattr(args, name) for name in SCALARS), *batch.values()
     try:
-        recording: Any = make_fx(gradient)(*inputs)
+        recording: Any = make_fx(traced)(*inputs)
         recording.graph.eliminate_dead_code()
         recording.recompile()
         # (torch.compile, which is TorchScript's successor, needs a C++ compiler.)
         with warnings.catch_warnings(action="ignore"), suppress(RuntimeError):
             recording = torch.jit.trace(recording, inputs, check_trace=False)  # it knows no LayerNorm, for example
-        other = dataclasses.replace(args, **{name: 1.1 * getattr(args, name) + 0.01 for name in SCALARS})
-        played, direct = (f(optimizer, batch, minibatches[-1], other) for f in (play, flat_gradient))
-        for copied, value in zip((played[0], *played[1].values()), (direct[0], *direct[1].values()), strict=True):
-            if not torch.allclose(copied, value, rtol=0, atol=0, equal_nan=True):
+        changed = dataclasses.replace(args, **{name: 1.1 * getattr(args, name) + 0.01 for name in SCALARS})
+        played, direct = (f(optimizer, batch, minibatches[-1], changed) for f in (play, flat_gradient))
+        for ours, value in zip((played[0], *played[1].values()), (direct[0], *direct[1].values()), strict=True):
+            if not torch.allclose(ours, value, rtol=0, atol=0, equal_nan=True):
                 raise ValueError("with another minibatch it does not have the loss's values")
         optimizer.recording = play
     except Exception as error:  # an edited loss that asks for a tensor's value, uses NumPy, or draws numbers
@@ -1761,7 +1766,7 @@ class CudaGraph:
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.batch: Tensors = {}
-        # (Of more than two processes, a minibatch has a message. That was never tried: it takes two GPUs at least.)
+        # With more than two processes a minibatch has an exchange; that was never tried in a graph (it takes two GPUs).
         self.side, self.works = torch.cuda.Stream(), world_size() <= 2
         self.fixed: dict[str, Any] | None = None
 
@@ -1772,14 +1777,14 @@ class CudaGraph:
             self.batch = {name: tensor.clone() for name, tensor in batch.items()}
             self.minibatch = minibatches[:1].clone()
             self.scalars = torch.zeros(len(optimizers) + len(SCALARS), device=minibatches.device)
-        fixed = fixed_args(args)
-        self.graph, self.fixed = self.graph if fixed == self.fixed else None, fixed
+        if (fixed := fixed_args(args)) != self.fixed:
+            self.graph, self.fixed = None, fixed
         for name, tensor in batch.items():
             self.batch[name].copy_(tensor)
         rates = [optimizer.learning_rate for optimizer in optimizers]
-        self.scalars.copy_(torch.tensor([*rates, *(getattr(args, name) for name in SCALARS)]))
+        self.scalars.copy_(torch.tensor([*rates, *(getattr(args, name) or 0.0 for name in SCALARS)]))
         for optimizer, rate in zip(optimizers, self.scalars):
-            optimizer.learning_rate = rate
+            optimizer.learning_rate = rate  # a view of self.scalars: a replay reads what is copied there
         args = dataclasses.replace(args, **dict(zip(SCALARS, self.scalars[len(optimizers) :])))
         self.step = functools.partial(self.one_minibatch, optimizers, args)
         totals: list[Any] = [0] * len(optimizers)
@@ -1797,14 +1802,11 @@ class CudaGraph:
     def one_minibatch(self, optimizers: Sequence[FlatAdam], args: Args) -> None:
         """Both networks side by side, each on a CUDA stream; or one of them, see descend_in_ranks."""
         (first, *others), main = optimizers, torch.cuda.current_stream()
-        all_sums = []
-        for other in others:
-            self.side.wait_stream(main)
-            with torch.cuda.stream(self.side):
-                all_sums.append(descend(other, self.batch, self.minibatch, args))
-        all_sums.insert(0, descend(first, self.batch, self.minibatch, args))
-        if others:
-            main.wait_stream(self.side)
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            other_sums = [descend(other, self.batch, self.minibatch, args) for other in others]
+        all_sums = [descend(first, self.batch, self.minibatch, args), *other_sums]
+        main.wait_stream(self.side)
         self.names = [list(sums) for sums in all_sums]
         self.sums = [torch.stack(list(sums.values())) for sums in all_sums]
 
@@ -1846,7 +1848,7 @@ PLAIN = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedD
 class State:
     """Everything that must survive: a checkpoint holds every attribute that is not in UNSAVED."""
 
-    UNSAVED = "args", "task", "device", "descend_all", "started", "next_save"
+    UNSAVED = "args", "task", "device", "descend_all", "started", "next_save"  # (policy_dict saves args and bounds)
 
     def __init__(self, args: Options, task: Task, device: torch.device) -> None:
         # One seed, four streams that never overlap; `seed + i` would make neighbouring runs share environments
@@ -1870,8 +1872,8 @@ class State:
         self.train_time_s = 0.0  # rollouts and updates
         self.wall_time_s = 0.0  # with evaluations and files, until `started`; see wall_time()
         self.evaluations: list[dict[str, Any]] = []
-        row = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0, False, 0.0)], task.goal), "mean": -math.inf}
-        self.best = {"agent": copy.deepcopy(self.agent.state_dict()), "evaluation": row}  # by periodic evaluations
+        none = {"global_step": 0, "time_s": 0.0, **summarize([(0.0, 0, False, 0.0)], task.goal), "mean": -math.inf}
+        self.best = {"agent": copy.deepcopy(self.agent.state_dict()), "evaluation": none}  # by `score`
         self.selection_episodes = 0  # evaluation episodes so far, each on a seed of its own
         self.selection_steps = 0  # their steps, without those that confirm a solve
         self.evaluation_steps = 0  # all steps of evaluations
@@ -1917,7 +1919,7 @@ class State:
                 rows = there[name][rank() * size :][:size]
                 own[name] = rows + new[len(rows) :] if name == "actions" else torch.cat((rows, new[len(rows) :]))
             if (before := len(there["episode"])) != size * world_size():
-                say(f"of {before} environments {size * world_size()} go on, or begin anew")
+                say(f"the checkpoint has {before} environments, this run has {size * world_size()}")
         self.load({**saved, "discounted_return": own.pop("discounted_return"), "envs": own})
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -1961,7 +1963,7 @@ def kind(tree: Any, name: Any = "") -> Any:
 
 
 def policy_dict(agent: Agent, args: Options, task: Task) -> dict[str, Any]:
-    """A policy as plain types and tensors: what best.pt holds and a checkpoint begins with."""
+    """A policy as plain types and tensors: all of best.pt but its evaluation, and a part of every checkpoint."""
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(args).items()}
     low, high = torch.from_numpy(task.low), torch.from_numpy(task.high)
     return {"format": FORMAT, "args": plain, "low": low, "high": high, "agent": agent.state_dict()}
@@ -1982,7 +1984,7 @@ def is_odd(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is none."""
+    """The object in a JSON file; an empty one if there is none that can be read."""
     with suppress(OSError, ValueError, RecursionError):
         value = json.loads(read_file(path))
         return value if isinstance(value, dict) else {}
@@ -1990,7 +1992,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Replaces `path` by `data`, whole or not at all; `keep` becomes the old file. Raises TrainingError."""
+    """Replaces `path` by `data`, whole or not at all. `keep`: where the old file goes. Raises TrainingError."""
     temporary = path.with_name(path.name + ".tmp")
     with refuse(f"cannot write {path}", TrainingError):
         temporary.unlink(missing_ok=True)
@@ -2016,7 +2018,7 @@ def sync(file: int) -> None:
 
 
 def encode(tree: dict[str, Any]) -> bytes:
-    """torch.save's bytes and their SHA-256 behind them: torch.load ignores the tail, but not a flipped bit's effect."""
+    """torch.save's bytes, then their SHA-256. torch.load ignores what follows, but would not notice a flipped bit."""
     buffer = io.BytesIO()
     torch.save(tree, buffer)
     data = buffer.getvalue()
@@ -2064,19 +2066,20 @@ def read_checkpoint(where: str | Path, policy: bool = False, runs_dir: str = "ru
     """
     path = Path(where)
     if str(where) == "latest":
-        path = max(Path(runs_dir).glob("*/checkpoint.pt"), key=os.path.getmtime, default=path / "none").parent
+        found = ((os.path.getmtime(file), file) for file in Path(runs_dir).glob("*/checkpoint*.pt") if file.exists())
+        path = max(found, default=(0, path / "none"))[1].parent
     paths = [path, path.with_name("checkpoint.previous.pt")] if path.name == "checkpoint.pt" else [path]
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         paths = [path / name for name in ["best.pt"] * policy + ["checkpoint.pt", "checkpoint.previous.pt"]]
     complaints: list[str] = []
-    for path in filter(os.path.lexists, paths):
+    for file in filter(os.path.lexists, paths):
         try:
-            tree = decode(read_file(path))
+            tree = decode(read_file(file))
             for complaint in complaints:
-                say(f"warning: {complaint}; using {path.name}")
-            return path, tree
+                say(f"warning: {complaint}; using {file.name}")
+            return file, tree
         except (OSError, ValueError) as error:
-            complaints.append(f"{path} {error.strerror if isinstance(error, OSError) else error}")
+            complaints.append(f"{file} {error.strerror if isinstance(error, OSError) else error}")
     hint = "; it holds a policy only: --evaluate it, or begin with it: --init-from" * os.path.isfile(path / "best.pt")
     place = f"in any folder of {runs_dir}" if str(where) == "latest" else f"at {where}"
     raise UserError("; ".join(complaints) or f"there is no checkpoint {place}{hint}")
@@ -2198,7 +2201,7 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     last = {"agent": copy.deepcopy(source.state_dict()), "evaluation": {"global_step": step}}
     first = SELECTION_SEEDS + state.selection_episodes
 
-    def solves(policy: dict[str, Any], count: int, by: str = "mean") -> bool:
+    def solves(policy: dict[str, Any], count: int, by: str = "mean") -> bool:  # and notes the result in `policy`
         result = summarize(play_seeds(envs, state, policy["agent"], first, count, show=True), goal)
         policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **result}
         return goal is not None and result[by] >= goal
@@ -2207,7 +2210,7 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     sure = bool(state.solved_at_step) and solves(last, few, by="min")  # a few are enough if none fails
     if not sure and not solves(last, args.eval_episodes) and state.evaluations:
         contenders.append(state.best)
-        solves(state.best, args.eval_episodes)
+        solves(state.best, args.eval_episodes)  # to note its result
     state.selection_episodes += args.eval_episodes
     row, state.best = last["evaluation"], max(contenders, key=lambda policy: score(policy["evaluation"], goal))
     if not state.solved_at_step and score(row, goal)[0]:
@@ -2226,8 +2229,8 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     falls = float(np.mean([fell for _, _, fell, _ in test]))
     log.scalars(step, {"test/return": result["mean"], "test/fall_rate": falls, "test/last_return": last_result["mean"]})
     write_episodes(log.folder, test)
-    if args.capture_video:
-        write_results(envs, state, log.folder, result, last_result)  # a renderer may fail
+    write_results(envs, state, log.folder, result, last_result)  # before the video: a renderer may fail
+    if args.capture_video:  # with torchrun only on rank 0, which therefore may not wait for others in here
         policy = Policy(state.best["agent"], args.activation, state.task.low, state.task.high)
         path, strip = record_video(args, policy, log.folder)
         log.picture("video", step, strip)
@@ -2306,7 +2309,7 @@ def save(state: State, log: Log) -> None:
     """Writes checkpoint.pt, keeping the one before. Raises TrainingError where the disk is full."""
     began = time.perf_counter()
     state.log_sizes = log.flush(to_disk=True)
-    # The first one takes the place of what may be damaged, and what the run was resumed from is kept.
+    # The first save moves nothing there: checkpoint.pt may be damaged, and the run resumed from the previous one.
     keep = log.folder / "checkpoint.previous.pt" if state.next_save > -math.inf else None
     tree = state.gathered()
     if rank() == 0:
@@ -2359,8 +2362,8 @@ class Log:
                 file.truncate(min(state.log_sizes[name], file.tell()))
                 if file.seek(0, os.SEEK_END) == 0:  # new, or lost
                     file.write(header)
-        best = TUNED.get(self.args.env_id, {}).items()
-        tuned = " ".join(typed(name, value) for name, value in best if getattr(self.args, name) == value)
+        better = TUNED.get(self.args.env_id, {}).items()
+        tuned = " ".join(typed(name, value) for name, value in better if getattr(self.args, name) == value)
         say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}, tuned: {tuned or 'nothing'}")
         if world_size() > 1:
             say(f"{world_size()} processes of {self.args.num_envs} environments each")
@@ -2493,10 +2496,10 @@ def describe_run(args: Options) -> dict[str, Any]:
 def plot_learning_curve(state: State, log: Log) -> None:
     """learning_curve.png, also for TensorBoard: the mean and deviation of recent returns; evaluations."""
     try:
+        lines = read_file(log.folder / "episodes.csv").decode().splitlines()[1:]
         from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
-    except ImportError:
-        return say("warning: no learning_curve.png without matplotlib")
-    lines = read_file(log.folder / "episodes.csv").decode().splitlines()[1:]
+    except (ImportError, OSError) as error:  # somebody has moved the file
+        return say(f"warning: no learning_curve.png: {one_line(error)}")
     if not lines:
         return None
     rows = np.array([line.split(",")[:3] for line in lines], float)
@@ -2524,7 +2527,8 @@ def plot_learning_curve(state: State, log: Log) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-# What may change on --evaluate, and on --resume: the rest would make it another run. And what no checkpoint decides.
+# What may change on --evaluate (CHOSEN) and on --resume (CHANGEABLE): the rest would make it another run. UNTRUSTED is
+# what no file decides.
 CHOSEN = {
     "num_workers", "start_method", "worker_timeout", "capture_video", "eval_episodes", "eval_max_steps", "evaluate",
     "runs_dir",
@@ -2606,10 +2610,10 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
     """
     argv, whole = list(argv), {flag(f.name) for f in dataclasses.fields(Options) if f.type.startswith("int")}
     for i, word in enumerate(argv):  # whole numbers may be written 1e6
-        name, equals, value = word.rpartition("=") if word.startswith("--") else (argv[i - 1], "", word)
+        name, equals, value = word.rpartition("=")  # without a "=" the first two are empty: the flag is the word before
         number = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value)
-        if name.replace("_", "-") in whole and number and float(value).is_integer():
-            argv[i] = (name + equals) * bool(equals) + f"{float(value):.0f}"
+        if (name or argv[i - 1]).replace("_", "-") in whole and number and float(value).is_integer():
+            argv[i] = f"{name}{equals}{float(value):.0f}"
     for word in argv:
         if instead := ALIASES.get(word.partition("=")[0].replace("_", "-")):
             raise UserError(f"there is no {word.partition('=')[0]}; here it is {instead}")
@@ -2619,7 +2623,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
     first = cli(args=[word for word in argv if word not in ("-h", "--help")])
     where = first.resume if first.evaluate is None else first.evaluate
     if where is None:
-        env_id = next((name for name in TUNED if first.env_id == name.rsplit("-v", 1)[0]), first.env_id)
+        env_id = next((name for name in TUNED if first.env_id == name.rsplit("-v", 1)[0]), first.env_id)  # no "-v3"
         tuned = Options(env_id=env_id, **TUNED.get(env_id, {}))
         args = dataclasses.replace(cli(args=argv, default=tuned), env_id=env_id)
         validate(args)

@@ -192,6 +192,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--env-id no_such_module:Nope-v0", "no_such_module"), ("--env-id CartPole-v1 --min-std 0.1", "are discrete"),
     ("--env-id FrozenLake-v1", "Discrete observations"), ("--env-id Blackjack-v1", "Tuple observations"),
     ("--env-id CartPole-v1 --state-dependent-std", "are discrete"),
+    ("--env-id CartPole-v1 --action-cost 0.1", "--action-cost are for Box actions"),
     (f"--env-id {tiny_id('discrete')}", "Discrete observations"), (f"--env-id {tiny_id('unbounded')}", "finite bounds"),
     ('--env-id Pendulum-v1 --env-kwargs {"wind":1}', "wind"), ('--env-kwargs {"wind":1}', "wind"),
     ('--env-kwargs {"fast":true}', "fast"), ("--env-id Pendulum-v1 --wrappers no_such_module:f", "no_such_module"),
@@ -787,6 +788,12 @@ def test_files_that_others_read(trained: Path) -> None:
     assert len(colours) > 20, "an empty picture"
 
 
+def test_no_curve_without_its_episodes(tmp_path: Path, capsys: Capture) -> None:
+    """Somebody has moved the file away while the run went on: no reason to lose its end."""
+    ppo_vec.plot_learning_curve(SimpleNamespace(), SimpleNamespace(folder=tmp_path))
+    assert "warning: no learning_curve.png: No such file or directory" in capsys.readouterr().err
+
+
 def test_a_run_name_is_no_formula(tmp_path: Path) -> None:
     """matplotlib takes text between dollar signs for mathematics."""
     assert train(tmp_path / "x$a_$") == 0
@@ -1223,8 +1230,10 @@ def test_the_latest_run(tiny_run: Path, tmp_path: Path, monkeypatch: Patch, caps
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate("bcad"):
         shutil.copytree(tiny_run, tmp_path / "runs" / name)
-        os.utime(tmp_path / "runs" / name / "checkpoint.pt", (1e9 - i % 3, 1e9 - i % 3))
+        for file in (tmp_path / "runs" / name).glob("checkpoint*.pt"):
+            os.utime(file, (1e9 - i % 3, 1e9 - i % 3))
     os.utime("runs/c/checkpoint.pt", (1e9 + 5, 1e9 + 5))
+    os.rename("runs/c/checkpoint.pt", "runs/c/checkpoint.previous.pt")  # as between the two renames of a save
     (tmp_path / "runs" / "e").mkdir()
     (tmp_path / "runs" / "e" / "checkpoint.pt").symlink_to("nowhere")
     assert main("--resume", "latest") == 0

@@ -77,7 +77,7 @@ class Choice(gym.Env):
         return np.eye(3, dtype=np.float32)[self.right]
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        assert isinstance(action, np.int64)
+        assert isinstance(action, self.action_space.dtype.type)
         assert self.action_space.contains(action)
         reward, self.left = float(action == 5 + self.right), self.left - 1
         return self.show(), reward, self.left == 0, False, {}
@@ -91,6 +91,13 @@ def make_args(**overrides: Any) -> Options:
     args = Options(**{**small, "anneal_lr": False, **overrides})
     ppo_vec.validate(args)
     return args
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.uint64])
+def test_discrete_actions_of_any_type_are_int64_here(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Choice, "action_space", gym.spaces.Discrete(3, start=5, dtype=dtype))
+    task = ppo_vec.inspect_env(make_args(env_id="Choice-v0"))
+    assert (task.discrete, task.low.dtype, task.low.tolist()) == (True, np.int64, [5, 6, 7])
 
 
 @contextlib.contextmanager

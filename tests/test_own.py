@@ -93,7 +93,7 @@ class Point(gym.Env):
         if self.kind == "harder":
             reward -= Point.resets
         if "fails" in self.kind and self.t == 7:
-            raise ArithmeticError("the string is broken" + "\\nin two" * ("fails twice" in self.kind))
+            raise ArithmeticError("the string is broken" + "\\n    in\\n  two" * ("fails twice" in self.kind))
         if self.kind == "four":
             return x, reward, done, {}
         if self.kind == "no reward":
@@ -189,7 +189,7 @@ def test_environments_are_closed_when_one_fails(tmp_path: Path, capfd: pytest.Ca
     check_closed(tmp_path, 1 + 2 * 4)
 
 
-def test_an_error_of_two_lines(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_an_error_of_three_lines(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert ppo_vec.main(flags(tmp_path, "owns fails twice")) == 1
     assert capfd.readouterr().err.splitlines()[-1].endswith(": ArithmeticError: the string is broken in two")
 

@@ -266,6 +266,24 @@ def test_a_dead_worker_of_rank_1_is_replaced_named_and_counted(tmp_path: Path, t
     assert torch.equal(vector(checkpoint(tmp_path / "run")["agent"]), vector(checkpoint(two)["agent"]))
 
 
+FILMING = """
+import sys, numpy as np, ppo_vec
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+PendulumEnv.render = lambda self: np.zeros((16, 16, 3), np.uint8)
+sys.exit(ppo_vec.main())
+"""
+
+
+def test_rank_0_films(tmp_path: Path, two: Path) -> None:
+    """Alone: what it does for its video waits for no other rank."""
+    pytest.importorskip("imageio_ffmpeg")
+    flags = f"{TINY} --num-envs 2 --runs-dir {tmp_path} --run-name run --start-method fork --capture-video"
+    ends = finish(start(2, flags, code=FILMING))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert [path.name for path in (tmp_path / "run" / "videos").iterdir()] == ["Pendulum-v1-seed0.mp4"]
+    assert torch.equal(vector(checkpoint(tmp_path / "run")["agent"]), vector(checkpoint(two)["agent"]))
+
+
 def test_a_run_says_how_many_processes_it_had(two: Path) -> None:
     info = ppo_vec.read_json(two / "args.json")
     assert (info["processes"], info["args"]["num_envs"]) == (2, 2)
@@ -285,7 +303,7 @@ def test_another_number_of_ranks_goes_on(tmp_path: Path, one: Path, two: Path, a
     before, run, size = (two, one)[after - 1], tmp_path / "run", (2, 4)[after - 1]
     shutil.copytree(before, run)
     said = [text for _, text in finish(start(after, f"--resume {run} --total-timesteps 800"))]
-    assert f"of 4 environments {size * after} go on, or begin anew" in said[0]
+    assert f"the checkpoint has 4 environments, this run has {size * after}" in said[0]
     first, second = checkpoint(before), checkpoint(run)
     steps = {1: 100, 2: 50}[after]  # of each environment, in whole rollouts of 50
     assert (first["global_step"], second["global_step"]) == (600, 600 + steps * size * after)

@@ -1288,7 +1288,7 @@ class VecEnv(AsyncVectorEnv):
         finally:
             block_signals(False)
         # Large weights do not fit into a pipe: without a limit, to send them to a stopped worker would take for ever.
-        limit = struct.pack("ll", math.ceil(max(self.args.worker_timeout, STARTING)), 0)
+        limit = struct.pack("ll", math.ceil(min(max(self.args.worker_timeout, STARTING), 1e6)), 0)
         for pipe in self.parent_pipes if os.name == "posix" else ():
             with socket.socket(fileno=os.dup(pipe.fileno())) as end:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

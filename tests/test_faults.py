@@ -498,8 +498,9 @@ def test_worker_that_always_fails(run: Path, capsys: Capture, fault: str, messag
     [
         (*tiny("slow-reset", 200), "--num-envs", "10", "--eval-episodes", "4", "--worker-timeout", "2"),
         (*tiny("slow-evaluation", 40), "--eval-episodes", "2", "--worker-timeout", "1.5"),
+        (*tiny("", 40), "--worker-timeout", "1e300"),
     ],
-    ids=["resets", "steps of an evaluation"],
+    ids=["resets", "steps of an evaluation", "as good as no limit"],
 )
 def test_slow_is_no_hang(run: Path, capsys: Capture, args: tuple[str, ...]) -> None:
     """A worker makes, resets and steps many environments in a row; each is progress."""

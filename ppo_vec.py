@@ -546,9 +546,7 @@ class Options(Args):
     resume: str | None = None  # continue this run (its folder, or "latest")
     init_from: str | None = None  # begin a new run with this one's networks and normaliser (named as for --evaluate)
     evaluate: str | None = None  # evaluate this run (its folder, "latest", or a checkpoint) instead of training
-    eval_episodes: int = (
-        100  # test episodes, of --evaluate and of the end of a training, whose choice plays as many, or 20
-    )
+    eval_episodes: int = 100  # test episodes, of --evaluate and after training; the choice plays as many, or 20
     eval_max_steps: int = 10_000  # ends an evaluation episode of an environment without a time limit
     capture_video: bool = False  # write an mp4 of an episode of the deterministic policy into the run's videos/
     track: bool = False  # also log to Weights and Biases (pip install wandb)
@@ -777,9 +775,7 @@ def make_env(args: Options, published: bool = False, render: bool = False) -> An
 
     Walkers are fast ones with a fresh world at each reset, unless `published`.
     """
-    kwargs = json.loads(args.env_kwargs) | (
-        {"render_mode": "rgb_array"} if render else {}
-    )  # not every environment takes it
+    kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if render else {})  # not every one takes it
     fast = args.env_id in WALKERS and not published
     entry: Any = Walker
     made: Any = dataclasses.replace(gym.spec(args.env_id), entry_point=entry) if fast else args.env_id
@@ -1329,9 +1325,7 @@ class VecEnv(AsyncVectorEnv):
             self.replacements += 1
             again, faults = fault in faults and "\n" in fault, [*faults, fault]  # the same traceback
             if again or len(faults) == MAX_FAULTS:
-                text = one_line(
-                    re.split(r"\n  (?:File|\[Prev)[^\n]*(?:\n    [^\n]*)*", fault)[-1]
-                )  # what follows its frames
+                text = one_line(re.split(r"\n  (?:File|\[Prev)[^\n]*(?:\n    [^\n]*)*", fault)[-1])  # after its frames
                 raise TrainingError(f"gave up after {len(faults)} attempts without progress: {text}")
             say(f"warning: {fault}; starting new workers where the last rollout ended", any_rank=True)
 

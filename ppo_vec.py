@@ -2186,8 +2186,8 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     """The end of a run: what it delivers, and its test.
 
     That is the last weights, or with --swa-share their mean. If these do not solve the task on fresh selection seeds,
-    the best policy of the periodic evaluations takes part: the better one is delivered. The test, on other seeds and
-    the published environment, chooses nothing.
+    the best policy of the periodic evaluations plays the same: it is delivered if it is better by a standard error.
+    The test, on other seeds and the published environment, chooses nothing.
     """
     args, goal, step = state.args, state.task.goal, state.global_step
     mean = bool(args.swa_share and state.average.n_averaged)  # none, if --resume came with fewer --total-timesteps
@@ -2200,13 +2200,13 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
         policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **result}
         return goal is not None and result[by] >= goal
 
-    contenders, few = [last], min(sum(ROUNDS[:2]), args.eval_episodes)
+    few, earlier = min(sum(ROUNDS[:2]), args.eval_episodes), False
     sure = bool(state.solved_at_step) and solves(last, few, by="min")  # a few are enough if none fails
     if not sure and not solves(last, args.eval_episodes) and state.evaluations:
-        contenders.append(state.best)
         solves(state.best, args.eval_episodes)  # to note its result
+        earlier = score(state.best["evaluation"], goal) > (False, last["evaluation"]["mean"])
     state.selection_episodes += args.eval_episodes
-    row, state.best = last["evaluation"], max(contenders, key=lambda policy: score(policy["evaluation"], goal))
+    row, state.best = last["evaluation"], state.best if earlier else last
     if not state.solved_at_step and score(row, goal)[0]:
         state.solved_at_step, state.solved_at_s = step, state.wall_time()
     state.evaluations.append(row)

@@ -399,10 +399,8 @@ def make_rows(bench: Bench, workers: int, threads: int, peer_threads: int) -> Ro
     base = bench.args(FEW, workers)
     small = replace(base, num_minibatches=base.batch_size // 64)
     for args, note in ((base, ""), (small, ", the default of SB3")):
-        is_small, group = (
-            args is small,
-            f"whole training, {FEW} envs, minibatches of {peers.minibatch_size(args)}{note}",
-        )
+        is_small = args is small
+        group = f"whole training, {FEW} envs, minibatches of {peers.minibatch_size(args)}{note}"
         for kind in ("SubprocVecEnv", "DummyVecEnv"):
             turns = peer_training(bench, args, peers.sb3, kind)
             row((kind, is_small), group, f"SB3 PPO, {kind}", turns, "stable_baselines3")

@@ -85,7 +85,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    """The arguments of PPO. `Options`, further down, adds all others; TUNED has better values for some tasks."""
+    """The arguments of PPO; the defaults are for tasks without TUNED ones, further down. `Options` adds all others."""
 
     seed: int = 1  # seed of everything random: environments, action noise, shuffling and initialisation
     cuda: bool = False  # run the networks on the GPU (environments and the acting policy stay on the CPU)
@@ -96,7 +96,7 @@ class Args:
     learning_rate: float = 3e-4  # the learning rate of the optimizer (of the actor's, with --critic-learning-rate)
     critic_learning_rate: float | None = None  # the critic's own learning rate; None: --learning-rate
     anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero
-    anneal_share: float = 0.2  # the rates fall over this last share of the training; 1: all of it
+    anneal_share: float = 0.2  # they fall over this last share of the training; 1: all of it, as in CleanRL
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
     value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: discounted returns
@@ -130,7 +130,7 @@ class Args:
 
 
 class Tanh(nn.Module):
-    """nn.Tanh, to within 5e-7. Torch takes MKL's on the CPU, which is four times as slow as this on AMD processors."""
+    """nn.Tanh, to within 5e-7. On the CPU torch takes Intel MKL's, which takes four times as long on AMD processors."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.tanh() if x.is_cuda else 2 * torch.sigmoid(2 * x) - 1
@@ -166,7 +166,7 @@ class Normalizer(nn.Module):
     def update(self, rows: Tensor) -> None:
         """Merges the mean and variance of `rows` (n, size), with torchrun of all processes' (Chan et al. 1979)."""
         rows, n = rows.double(), len(rows)
-        for moments in all_ranks(torch.stack((rows.mean(0), rows.var(0, unbiased=False)))):
+        for moments in all_ranks(torch.stack((rows.mean(0), rows.var(0, unbiased=False)))):  # once without torchrun
             mean, var = moments.to(rows.device)
             total, delta = self.count + n, mean - self.mean
             self.mean += delta * n / total
@@ -274,7 +274,7 @@ class Agent(nn.Module):
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
 
-# A State, further down, is all that a run must not lose. `collect` and `update` use its agent, optimizers, device,
+# A State, further down, holds all that a checkpoint saves. `collect` and `update` use its agent, optimizers, device,
 # global_step, two random generators (noise_rng, shuffle_rng), and return_statistics and discounted_return (N,).
 
 
@@ -292,7 +292,7 @@ class Rollout:
     rewards: Tensor  # (T, N) raw, float64; `collect` replaces them by those that training uses
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    restarted: Tensor  # (N,) bool; the episode before row 0 was lost, by a resume or a fault, and a new one began
+    restarted: Tensor  # (N,) bool; after a resume or a fault the episode could not go on: row 0 begins a new one
     episodes: list[dict[str, Any]]  # those that ended, of all processes: global_step, env, return, length, fell
     # What `collect` adds:
     normalized_obs: Tensor = field(init=False)  # (T + 1, N, D), for the networks
@@ -309,7 +309,7 @@ def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float)
     """
     goes_on = (~(rollout.terminated | rollout.truncated)).numpy()
     running = state.discounted_return.numpy() * ~rollout.restarted.numpy()
-    returns = rewards.to(torch.float64, copy=True).numpy()  # soon: sums of past rewards; torch takes six times as long
+    returns = rewards.to(torch.float64, copy=True).numpy()  # turned into sums below, six times as fast as in torch
     for t in range(len(returns)):
         returns[t] += gamma * running
         running = returns[t] * goes_on[t]
@@ -329,11 +329,11 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     1. Actions are stored unclipped. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
-    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # torchrun: each draws all, uses its own
+    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # with torchrun each uses a part of it
     noise = agent.distribution.noise(state.noise_rng, *shape)
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size * world_size()
-    rollout.rewards = training_rewards(state, rollout, args)  # scaled; see also --action-cost, --fall-reward
+    rollout.rewards = training_rewards(state, rollout, args)  # scale_rewards; see also --action-cost, --fall-reward
     rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
     rollout.normalized_obs = x = agent.normalizer(rollout.obs)
     rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
@@ -386,7 +386,7 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
     loss = pg_loss - args.ent_coef * entropy_loss
     if args.bounds_loss_coef:
         loss = loss + args.bounds_loss_coef * agent.distribution.bounds_loss(out).mean()
-    with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+    with torch.no_grad():  # two estimates of the KL divergence: http://joschu.net/blog/kl-approx.html
         return loss, {
             "policy_loss": pg_loss.detach(),
             "entropy": entropy_loss.detach(),
@@ -397,7 +397,7 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
 
 
 def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """0.25 x mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. Adam cancels it, gradient clipping does not.
+    """0.25 x mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. With Adam the factor only affects clipping.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
     Returns: the loss, and 0.5 x MSE as a metric without gradient.
@@ -435,7 +435,7 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 
     actor_optimizer.begin_update(args.learning_rate)
     critic_optimizer.begin_update(args.critic_learning_rate or args.learning_rate)
-    # Runs `descend`, below, for each network, both at the same time: in threads, CUDA streams or torchrun's processes.
+    # Runs `descend`, the loop over minibatches below, for both networks at the same time (threads, streams, processes).
     actor_sums, critic_sums = descend_in_ranks(state, batch, minibatches, args)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -446,11 +446,11 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 @torch.no_grad()
 @torch.jit.optimized_execution(False)  # else a recording's last bits change: see `record`
 def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
-    """A step of Adam for each row of `minibatches`, the indices of its rows of `batch`.
+    """A step of Adam for each row of `minibatches`, the indices of its rows of `batch`; no more beyond --target-kl.
 
     Returns "steps", how many were taken, and the sum of each metric over them.
     """
-    gradient_of = optimizer.recording or flat_gradient  # the same to the bit, but a recording is faster: see `record`
+    gradient_of = optimizer.recording or flat_gradient  # a recording has the same bits, sooner: see `record`
     rows = []  # one a minibatch: whether a step was taken (1 or 0), then the metrics
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
@@ -458,7 +458,7 @@ def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args
             optimizer.halt_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = optimizer.take_step(gradient, args.max_grad_norm)
         rows.append(torch.stack([1 - optimizer.halted, *metrics.values()]))
-        if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.halted:  # on a GPU, asking means waiting
+        if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.halted:  # to ask a GPU is to wait for it
             break
     table = torch.stack(rows)  # where no step was taken, for target_kl, a row may hold NaN
     sums = torch.where(table[:, :1] > 0, table, 0.0).sum(0)
@@ -498,7 +498,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
         state.agent.load_state_dict(saved["agent"])
     elif saved:
         state.load_gathered(saved)
-    envs = VecEnv(args, task, state.envs)  # the last: a snapshot of where they are, changed in place by each rollout
+    envs = VecEnv(args, task, state.envs)  # state.envs: where they are, to continue there; each rollout changes it
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
@@ -2571,6 +2571,9 @@ ALIASES = {  # what other trainers call it
     "--lr": "--learning-rate", "--env": "--env-id", "--device": "--cuda", "--gpu": "--cuda", "--wandb": "--track",
     "--batch-size": "--num-envs x --num-steps / --num-minibatches", "--load": "--resume, --evaluate or --init-from",
     "--render": "--capture-video", "--timesteps": "--total-timesteps", "--n-envs": "--num-envs",
+    "--exp-name": "--run-name", "--norm-adv": "always on, once a rollout", "--vf-coef": "always 0.5",
+    "--torch-deterministic": "always on", "--save-model": "always on (best.pt)",
+    "--wandb-project-name": "the variable WANDB_PROJECT",
 }  # fmt: skip
 
 

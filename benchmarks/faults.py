@@ -1,6 +1,6 @@
 """The fault suite, long form: kills, hangs and broken checkpoints by the hundred; every run must end as if undisturbed.
 
-    python benchmarks/faults.py                            # all of it, about 20 minutes on 2 quiet cores
+    python benchmarks/faults.py                            # all of it, about 25 minutes on 2 quiet cores
     python benchmarks/faults.py --only kill-worker --count 10
 
 Writes benchmarks/results/faults.md and faults.json (a partial run prints only, unless --out names a folder; there it

@@ -214,6 +214,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--init-from=", "there is no checkpoint"),
     ("--init-from RUN --initial-std 0.3", "--initial-std has no effect with --init-from"),
     ("--lr 1e-3", "here it is --learning-rate"), ("--batch_size=64", "--num-minibatches"), ("--gpu", "--cuda"),
+    ("--norm-adv", "here it is always on"), ("--exp-name x", "here it is --run-name"),
     ("--resume RUN/nothing", "RUN/nothing"), ("--evaluate RUN/args.json/x", "RUN/args.json/x"),
     ("--evaluate " + "a" * 5000, "aaa"), ("--evaluate RUN --eval-episodes 0", "--eval-episodes"),
     ("--evaluate RUN --seed 7", "--seed cannot change when a run is evaluated"),
@@ -1308,6 +1309,23 @@ def test_env_kwargs_and_wrappers(tmp_path: Path, monkeypatch: Patch, capsys: Cap
     act = ppo_vec.load_policy(run)  # of three frames of two numbers
     assert (act(np.zeros((4, 6))).shape, act(np.zeros((3, 2))).shape) == ((4, 1), (1,))
     assert "drift" not in sys.modules
+
+
+@pytest.mark.filterwarnings("ignore:.*Overriding environment")
+def test_the_environment_in_the_readme(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Its two commands train it, and with the wind it learns to stay longer in 16,000 steps."""
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(import gymnasium.*?)```", readme, re.DOTALL)
+    (tmp_path / "my_module.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    commands = [shlex.split(line) for line in re.findall(r"    python ppo_vec.py (--env-id my_module:.*)", readme)]
+    short = "--num-workers", "1", "--eval-episodes", "20", "--total-timesteps"
+    for number, (words, steps) in enumerate(zip(commands, ("512", "16384"), strict=True)):
+        assert train(tmp_path / f"run{number}", *words, *short, steps) == 0
+        sys.modules.pop("my_module", None)
+    returns = [float(ret) for _, ret, *_ in fingerprint(tmp_path / "run1")["episodes"]]
+    best = json.loads((tmp_path / "run1" / "summary.json").read_text())["eval_mean"]
+    assert best > np.mean(returns[:20]) + 30
 
 
 # ---- load_policy -----------------------------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ class Rollout:
     """
 
     obs: Tensor  # (T + 1, N, D) raw, float64; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, D) raw, float64; an episode's last, in rows that end one; else anything
+    final_obs: Tensor  # (T, N, D) raw, float64; an episode's last, in rows that are only truncated; else anything
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
     rewards: Tensor  # (T, N) raw, float64; `collect` replaces them by those that training uses
     terminated: Tensor  # (T, N) bool
@@ -775,7 +775,7 @@ def make_env(args: Options, published: bool = False, render: bool = False) -> An
 
     Walkers are fast ones with a fresh world at each reset, unless `published`.
     """
-    kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if render else {})  # not every one takes it
+    kwargs = {**json.loads(args.env_kwargs), **({"render_mode": "rgb_array"} if render else {})}  # not all take it
     fast = args.env_id in WALKERS and not published
     entry: Any = Walker
     made: Any = dataclasses.replace(gym.spec(args.env_id), entry_point=entry) if fast else args.env_id
@@ -819,7 +819,10 @@ def inspect_env(args: Options) -> Task:
         discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
         if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
             kinds = f"{space_name(obs)} observations and {space_name(actions)} actions"
-            raise ValueError(f"it has {kinds}; supported are Box, and Discrete actions or Box ones with finite bounds")
+            ours = "supported are Box, and Discrete actions or Box ones with finite bounds"
+            flatten = not isinstance(obs, gym.spaces.Box) and getattr(obs, "is_np_flattenable", False)
+            way = "; --wrappers gymnasium.wrappers:FlattenObservation makes Box observations" * flatten
+            raise ValueError(f"it has {kinds}; {ours}{way}")
         if discrete and (args.min_std or args.state_dependent_std or args.action_cost):
             raise ValueError("--min-std, --state-dependent-std and --action-cost are for Box actions; its are discrete")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
@@ -830,12 +833,18 @@ def inspect_env(args: Options) -> Task:
             with refuse(f"it cannot be rendered{display}", ValueError):
                 render_frame(env)
         limit, goal = (spec.max_episode_steps, spec.reward_threshold) if spec else (None, None)
+        goal = None if goal is None else float(goal)  # a checkpoint takes no NumPy number
+        if goal is not None and math.isnan(goal):
+            raise ValueError("its reward_threshold is nan")
         low, high = (np.arange(int(actions.n)) + int(actions.start),) * 2 if discrete else float32_bounds(actions)
         return Task(int(np.prod(obs.shape)), low, high, limit, goal)
 
 
 def take_steps(env: Any) -> None:
-    """A reset and three steps. Raises ValueError for what breaks Gymnasium's rules in a way that does harm here."""
+    """A reset and three steps. Raises ValueError for what breaks Gymnasium's rules in a way that does harm here.
+
+    Warns where the same reset gives another observation later.
+    """
 
     def check(what: str, value: Any, shape: tuple[int, ...]) -> None:
         with refuse(f"{what} cannot be numbers", ValueError):
@@ -858,8 +867,13 @@ def take_steps(env: Any) -> None:
         check(f"the observation of {call}", obs, env.observation_space.shape)
         for name, value in zip(("reward", "terminated", "truncated"), numbers):
             check(f"the {name} of {call}", value, ())
+        if not numbers:
+            first = flat(obs, env.observation_space)
         if any(np.any(ended) for ended in numbers[1:]):
             break
+    if not np.array_equal(reset_env(env, 0), first):
+        why = "NormalizeObservation, for one: leave it out, observations are normalised here"
+        say(f"warning: a second reset(seed=0) gives another observation; tests and --resume will differ ({why})")
 
 
 def render_frame(env: gym.Env) -> np.ndarray:
@@ -906,9 +920,13 @@ def refuse(what: str, error_class: type[Exception] = UserError) -> Iterator[None
 
 
 def seed_everything(env: gym.Env, seed: int) -> None:
-    """Seeds what an environment may draw from besides its own generator."""
+    """Seeds every generator that an environment may draw from."""
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     env.action_space.seed(seed), env.observation_space.seed(seed)
+    if isinstance(
+        env.unwrapped.np_random, np.random.Generator
+    ):  # its own, where reset forgets super().reset(seed=seed)
+        env.unwrapped.np_random = gym.utils.seeding.np_random(seed)[0]
 
 
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
@@ -918,8 +936,8 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
 
 
 def flat(obs: Any, space: Any) -> np.ndarray:
-    """An observation as (obs_dim,) float64. Raises ValueError where it has another size than its space."""
-    row = np.asarray(obs, np.float64)
+    """A copy of an observation as (obs_dim,) float64. Raises ValueError where it has another size than its space."""
+    row = np.array(obs, np.float64)
     if row.size != math.prod(space.shape):  # a single number would fill the row
         raise ValueError(f"an observation has shape {row.shape}; its space has {space.shape}")
     return row.ravel()
@@ -934,16 +952,16 @@ def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None]
     if isinstance(envs[0], Walker):
         beat()
         return step_walkers(envs, actions)
-    space, obs_space, steps = envs[0].action_space, envs[0].observation_space, []
+    space, obs_space, rows, numbers = envs[0].action_space, envs[0].observation_space, [], []
     if space.dtype.kind in "iu":
         actions = np.rint(actions)  # a cast alone would round to zero
     for env, row in zip(envs, actions):
-        steps.append(env.step(row.reshape(space.shape).astype(space.dtype)[()]))  # [()]: a scalar for Discrete
+        obs, *values, _ = env.step(row.reshape(space.shape).astype(space.dtype)[()])  # [()]: a scalar for Discrete
+        rows.append(flat(obs, obs_space))  # copied, as the numbers are: the next environment may return the same array
+        kinds = zip(values, (np.float64, bool, bool), strict=True)  # reward, terminated, truncated
+        numbers.append([np.asarray(value, dtype).item() for value, dtype in kinds])
         beat()
-    obs, rewards, terminated, truncated, _ = zip(*steps)
-    obs = np.stack([flat(each, obs_space) for each in obs])
-    numbers = (rewards, np.float64), (terminated, bool), (truncated, bool)
-    return obs, *(np.array([np.asarray(v, dtype).item() for v in values], dtype) for values, dtype in numbers)
+    return np.stack(rows), *map(np.array, zip(*numbers))
 
 
 # ---- The acting policy -----------------------------------------------------------------------------------------------
@@ -1112,10 +1130,9 @@ class Worker(gym.Env):
             data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.first_number)
             rewards, terminated, truncated = self.step(slice(None), actions)
             data.rewards[t, mine], data.terminated[t, mine], data.truncated[t, mine] = rewards, terminated, truncated
-            done = np.flatnonzero(terminated | truncated).tolist()
-            if done:
-                data.final_obs[t, mine] = self.rows()
-            for i in done:
+            for i in np.flatnonzero(terminated | truncated).tolist():
+                if not terminated[i]:  # else its last observation is of no use, and need not be finite
+                    data.final_obs[t, self.first + i] = self.rows()[i]
                 episodes.append({
                     "t": t, "env": self.first_number + i, "return": float(self.returns[i]),
                     "length": int(self.lengths[i]), "fell": bool(terminated[i] and rewards[i] <= FALL),
@@ -1205,6 +1222,8 @@ class Worker(gym.Env):
             lengths[running] += 1
             fell[running] = terminated & (rewards <= FALL)
             running = running[~(terminated | truncated) & (lengths[running] < limit)]
+            if not np.isfinite(obs[running]).all():
+                raise ValueError("an observation in an evaluation is not finite")
         return list(zip(returns.tolist(), lengths.tolist(), fell.tolist(), (efforts / lengths).tolist()))
 
 
@@ -1344,6 +1363,8 @@ class VecEnv(AsyncVectorEnv):
                 since[beats != seen] = time.monotonic()
                 seen = beats.copy()
                 for i in waiting.values():
+                    if self.processes[i].exitcode is not None:  # where what it has forked holds its pipe open
+                        raise EOFError
                     limit = timeout if seen[i] else max(timeout, STARTING)
                     if time.monotonic() - since[i] > limit:
                         raise TrainingError(f"worker {i} took no step for {limit:g} s (--worker-timeout)")

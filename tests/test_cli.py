@@ -197,6 +197,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ('--env-id Pendulum-v1 --env-kwargs {"wind":1}', "wind"), ('--env-kwargs {"wind":1}', "wind"),
     ('--env-kwargs {"fast":true}', "fast"), ("--env-id Pendulum-v1 --wrappers no_such_module:f", "no_such_module"),
     ("--env-id Pendulum-v1 --wrappers gymnasium:no_such_function", "no_such_function"),
+    ("--env-kwargs [1]", "--env-kwargs: 'list' object is not a mapping"),
     ("--env-id Pendulum-v1 --wrappers gymnasium.wrappers:TimeLimit", "max_episode_steps"),
     ("--env-id Pendulum-v1 --wrappers operator:not_", "operator:not_ returned bool, not a gymnasium.Env"),
     (f"--env-id {tiny_id()} --capture-video", "--capture-video: it has no render mode"),

@@ -32,6 +32,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+SHARED = np.zeros(3)
+
 class Point(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
     observation_space = gym.spaces.Box(-10, 10, (3,))
@@ -49,6 +51,8 @@ class Point(gym.Env):
             self.fork = multiprocessing.Process(target=time.sleep, args=(0.01,))
             self.fork.start()
             self.fork.join()
+        if kind == "leaves a child":
+            multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,), daemon=True).start()
         if kind == "late":
             time.sleep(60)
         if kind == "exits":
@@ -63,8 +67,11 @@ class Point(gym.Env):
             os.rename(f"{self.folder}/{self.child.pid}", f"{self.folder}/{self.child.pid}.closed")
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
+        if self.kind != "forgets":
+            super().reset(seed=seed)
         self.x, self.t = np.zeros(3), 0
+        if self.kind in ("forgets", "shared", "plain"):
+            self.x = self.np_random.uniform(-1, 1, 3)
         Point.resets += 1
         if self.kind == "draws":
             torch_number, space_number = float(torch.rand(())), self.action_space.sample()[0]
@@ -92,6 +99,15 @@ class Point(gym.Env):
             x = 1.7e9 + x
         if self.kind == "harder":
             reward -= Point.resets
+        if self.kind == "shared":
+            SHARED[...] = x
+            return SHARED, reward, False, done, {}
+        if self.kind == "leaves a child" and self.t == 7:
+            os._exit(3)
+        if "ends" in self.kind and done:
+            return x * (np.nan if "nan" in self.kind else 1), reward, True, False, {}
+        if self.kind == "blind" and os.path.exists(f"{self.folder}/now"):
+            return x * (np.nan if self.t > 4 else 1), reward, False, done, {}
         if "fails" in self.kind and self.t == 7:
             raise ArithmeticError("the string is broken" + "\\n    in\\n  two" * ("fails twice" in self.kind))
         if self.kind == "four":
@@ -124,6 +140,8 @@ class Point(gym.Env):
         }[self.kind.split()[0]]
 
 gym.register("Point-v0", entry_point=Point)
+gym.register("Goal-v0", entry_point=Point, reward_threshold=np.float64(9))
+gym.register("NaNGoal-v0", entry_point=Point, reward_threshold=float("nan"))
 '''  # fmt: skip
 
 
@@ -254,6 +272,14 @@ def test_environments_are_closed_when_a_worker_is_replaced(tmp_path: Path, monke
     check_closed(tmp_path, 1 + 4 + 2)
 
 
+def test_a_worker_that_ends_and_leaves_a_child(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """The child holds the worker's pipe open; the worker is missed all the same, and at once."""
+    began = time.monotonic()
+    assert ppo_vec.main(flags(tmp_path, "leaves a child", "--worker-timeout 60")) == 1
+    assert time.monotonic() - began < 30
+    assert "ended with exit code 3" in capfd.readouterr().err.splitlines()[-1]
+
+
 # ---- Numbers from anywhere -------------------------------------------------------------------------------------------
 
 
@@ -271,6 +297,27 @@ def test_all_that_an_environment_draws_at_a_reset_follows_the_seed(tmp_path: Pat
     starts = [ppo_vec.reset_env(env, seed) for seed in (1, 2, 1)]
     assert np.array_equal(starts[0], starts[2])
     assert not np.isclose(starts[0], starts[1]).any()
+
+
+def test_an_environment_that_forgets_the_seed(tmp_path: Path) -> None:
+    """Its reset() does not call super().reset(seed=seed): it is seeded all the same, as the one that does."""
+    starts = []
+    for kind in ("forgets", "plain"):
+        env = ppo_vec.make_env(ppo_vec.Options(env_id="own_point:Point-v0", env_kwargs=f'{{"kind":"{kind}"}}'))
+        starts += [ppo_vec.reset_env(env, seed) for seed in (1, 2, 1)]
+    assert np.array_equal(starts[:3], starts[3:])
+    assert np.array_equal(starts[0], starts[2])
+    assert not np.isclose(starts[0], starts[1]).any()
+
+
+def test_a_wrapper_that_remembers(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """NormalizeObservation: an evaluation's environments would have statistics of their own."""
+    assert ppo_vec.main(flags(tmp_path, "plain", "--wrappers gymnasium.wrappers:NormalizeObservation")) == 0
+    err = capfd.readouterr().err
+    assert "warning: a second reset(seed=0) gives another observation" in err
+    (tmp_path / "2" / "owned").mkdir(parents=True)
+    assert ppo_vec.main(flags(tmp_path / "2", "plain", "--wrappers gymnasium.wrappers:RecordEpisodeStatistics")) == 0
+    assert "warning" not in capfd.readouterr().err
 
 
 # ---- What reset and step return --------------------------------------------------------------------------------------
@@ -310,6 +357,44 @@ def test_harmful_returns_are_named_before_anything_starts(
     assert words in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_environments_that_return_the_same_array() -> None:
+    """Each row is that of its environment, and stays so after the next step."""
+    options = ppo_vec.Options(env_id="own_point:Point-v0", env_kwargs='{"kind":"shared"}')
+    envs = [ppo_vec.make_env(options) for _ in range(3)]
+    starts = np.array([ppo_vec.reset_env(env, seed) for seed, env in enumerate(envs)])
+    actions = np.array([[0.5, 0.5], [-1.0, 0.0], [0.0, 0.25]], np.float32)
+    rows, *_ = ppo_vec.step_envs(envs, actions)
+    ppo_vec.step_envs(envs, actions)
+    np.testing.assert_allclose(rows - starts, np.repeat([[0.1], [-0.1], [0.025]], 3, axis=1), atol=1e-6)
+
+
+def test_a_last_observation_that_is_not_finite(tmp_path: Path) -> None:
+    """Where an episode is terminated, nobody needs it: the weights are the same as where it is finite."""
+    weights = []
+    for name in ("nan", "finite"):
+        (tmp_path / name / "owned").mkdir(parents=True)
+        assert ppo_vec.main(flags(tmp_path / name, f"ends {name}")) == 0
+        weights.append(tree(tmp_path / name)["agent"])
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
+def test_an_observation_that_is_not_finite_in_an_evaluation(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert ppo_vec.main(flags(tmp_path, "blind")) == 0
+    (tmp_path / "owned" / "now").touch()
+    capfd.readouterr()
+    run = str(tmp_path / "runs" / "run")
+    assert ppo_vec.main(["--evaluate", run, "--runs-dir", str(tmp_path), "--env-id", "own_point:Point-v0"]) == 1
+    assert capfd.readouterr().err.splitlines()[-1].endswith("an observation in an evaluation is not finite")
+
+
+def test_a_goal_that_is_a_numpy_number(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """A checkpoint holds what the policy has shown, a share of the goal, and takes plain numbers only."""
+    task = ppo_vec.make_task(ppo_vec.Options(env_id="own_point:Goal-v0"))
+    assert (task.goal, type(task.goal)) == (9.0, float)
+    with pytest.raises(ppo_vec.UserError, match="its reward_threshold is nan"):
+        ppo_vec.make_task(ppo_vec.Options(env_id="own_point:NaNGoal-v0"))
 
 
 def test_an_error_of_the_environment_says_where_it_was_raised() -> None:

@@ -102,6 +102,7 @@ class Args:
     value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: discounted returns
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 10  # epochs over each rollout
+    norm_adv: Literal["minibatch", "rollout"] = "minibatch"  # over what advantages are normalised
     clip_coef: float = 0.2  # the clip range of the probability ratio
     clip_vloss: bool = False  # also clip the change of the value, by --clip-coef
     ent_coef: float = 0.0  # the weight of the entropy bonus
@@ -370,10 +371,14 @@ def gae(
 # ---- Update ----------------------------------------------------------------------------------------------------------
 
 
+def normalized(advantages: Tensor) -> Tensor:
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
 def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
     """Equation 7 of arXiv:1707.06347 for one minibatch, negated; minus the entropy bonus, plus the penalty on means.
 
-    Args: mb with normalised obs (B, ...) and actions (B, action_dim); logprobs and normalised advantages (B,).
+    Args: mb with normalised obs (B, ...) and actions (B, action_dim); logprobs and advantages (B,).
     Returns: the loss, and metrics without gradient.
     """
     out = agent.policy(mb["obs"])
@@ -381,7 +386,8 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
     logratio = logprob - mb["logprobs"]
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = -torch.minimum(mb["advantages"] * ratio, mb["advantages"] * clipped).mean()
+    advantages = normalized(mb["advantages"]) if args.norm_adv == "minibatch" else mb["advantages"]
+    pg_loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss
     if args.bounds_loss_coef:
@@ -414,9 +420,9 @@ def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are normalised once, over the rollout. If each minibatch were normalised (37 details, no. 7), one in
-    which nothing happens would weigh as much as one with a rare, large reward. The observation normaliser changes only
-    at the end: it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
+    Advantages are normalised in each minibatch (37 details, no. 7). With --norm-adv rollout, minibatches in which
+    nothing happens do not weigh as much as one with a rare, large reward. The observation normaliser changes only at
+    the end: it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
     """
     agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # they minimise policy_ and value_loss
     inputs = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
@@ -428,8 +434,9 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     }  # fmt: skip
     parts = all_ranks(batch)  # [batch], or with torchrun that of each process. They are joined, and flattened to rows:
     batch = {name: torch.cat([part[name] for part in parts], dim=1).flatten(0, 1).to(state.device) for name in batch}
-    advantages, returns = batch["advantages"], batch["returns"]
-    batch["advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    returns = batch["returns"]
+    if args.norm_adv == "rollout":
+        batch["advantages"] = normalized(batch["advantages"])
     inds = [torch.randperm(len(returns), generator=state.shuffle_rng) for _ in range(args.update_epochs)]
     minibatches = torch.stack(inds).view(args.update_epochs * args.num_minibatches, -1).to(state.device)
 
@@ -473,16 +480,6 @@ def flat_gradient(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Ar
     return torch.cat([g.flatten() for g in gradients]), metrics
 
 
-def means(sums: Tensors) -> dict[str, float]:
-    """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
-    steps, *values = torch.stack(list(sums.values())).tolist()
-    metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise TrainingError(f"losses/{name} is {value}")
-    return metrics
-
-
 # ---- Train -----------------------------------------------------------------------------------------------------------
 
 
@@ -498,7 +495,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
         state.agent.load_state_dict(saved["agent"])
     elif saved:
         state.load_gathered(saved)
-    envs = VecEnv(args, task, state.envs)  # state.envs: where they are, to continue there; each rollout changes it
+    envs = VecEnv(args, task, state.snapshot)  # where the environments are; each rollout changes it in place
     envs.start()  # before CUDA is touched: workers are forked
     state = state.to(choose_device(args))
     with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
@@ -563,13 +560,14 @@ class Options(Args):
 
 LANDER = {
     "num_steps": 320, "critic_learning_rate": 1e-3, "anneal_share": 1.0, "num_minibatches": 40, "activation": "relu",
+    "norm_adv": "rollout",
 }  # fmt: skip
 # What beats the defaults, by environment. Found by experiment; benchmarks/results/ has the runs.
 TUNED: dict[str, dict[str, Any]] = {
     "BipedalWalker-v3": {
         "learning_rate": 2.5e-4, "gamma": 0.98, "gae_lambda": 0.85, "ent_coef": 0.0025,
         "bounds_loss_coef": 0.01, "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.2,
-        "swa_share": 0.4, "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
+        "swa_share": 0.4, "norm_adv": "rollout", "actor_hidden_sizes": (128, 128), "critic_hidden_sizes": (128, 128),
     },
     "LunarLanderContinuous-v3": {**LANDER, "ent_coef": 0.001, "state_dependent_std": True},
     "LunarLander-v3": {**LANDER, "ent_coef": 0.01},
@@ -577,7 +575,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "total_timesteps": 10_000_000, "num_envs": 64, "learning_rate": 2e-4, "anneal_share": 1.0,
         "gae_lambda": 0.9, "update_epochs": 8, "ent_coef": 0.01, "bounds_loss_coef": 0.01,
         "fall_reward": -1.0, "final_fall_reward": -20.0, "action_cost": 0.1, "swa_share": 0.2, "min_std": 0.25,
-        "critic_progress": True,
+        "critic_progress": True, "norm_adv": "rollout",
         "actor_hidden_sizes": (256, 256), "critic_hidden_sizes": (256, 256),
     },
 }  # fmt: skip
@@ -1769,6 +1767,16 @@ def descend_all(optimizers: Sequence[FlatAdam], batch: Tensors, minibatches: Ten
         return [descend(first, batch, minibatches, args), *(each.result() for each in sums)]
 
 
+def means(sums: Tensors) -> dict[str, float]:
+    """The mean of each metric, from what `descend` returns. Raises TrainingError if one is not finite."""
+    steps, *values = torch.stack(list(sums.values())).tolist()
+    metrics = {name: value / max(steps, 1) for name, value in zip(list(sums)[1:], values)}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"losses/{name} is {value}")
+    return metrics
+
+
 class CudaGraph:
     """`descend_all` on CUDA: the kernels of a minibatch are recorded once, and replayed for every other.
 
@@ -1852,8 +1860,8 @@ class CudaGraph:
 
 # ---- State and checkpoints -------------------------------------------------------------------------------------------
 
-FORMAT = f"ppo_vec 4 {Distribution.__name__}"
-OLDER = "ppo_vec 3 Gaussian", "ppo_vec 2", "ppo_vec 1"  # of these only the policy is read
+FORMAT = f"ppo_vec 5 {Distribution.__name__}"
+OLDER = "ppo_vec 4 Gaussian", "ppo_vec 3 Gaussian", "ppo_vec 2", "ppo_vec 1"  # of these only the policy is read
 READABLE = FORMAT, *OLDER * (Distribution is Gaussian)
 MAGIC = b"ppo_vec1"  # before the digest that follows the checkpoint's bytes
 MAX_BYTES = 2**31  # of a file that is read
@@ -1880,7 +1888,7 @@ class State:
         self.discounted_return = torch.zeros(args.num_envs, dtype=torch.float64)
         self.noise_rng = torch.Generator().manual_seed(int(noise.generate_state(1)[0]))
         self.shuffle_rng = torch.Generator().manual_seed(int(shuffle.generate_state(1)[0]))
-        self.envs = new_snapshot(args.num_envs, task.obs_dim)
+        self.snapshot = new_snapshot(args.num_envs, task.obs_dim)
         self.global_step = 0
         self.smoothed_return: float | None = None  # these two: note_returns
         self.shown = 0.0 if (task.goal or 0) > 0 else None
@@ -1920,22 +1928,22 @@ class State:
 
     def gathered(self) -> dict[str, Any]:
         """state_dict with the environments of all ranks."""
-        parts = all_ranks({**self.envs, "discounted_return": self.discounted_return})
+        parts = all_ranks({**self.snapshot, "discounted_return": self.discounted_return})
         rows: dict[str, Any] = {k: torch.cat([part[k] for part in parts]) for k in parts[0] if k != "actions"}
         rows["actions"] = [chunks for part in parts for chunks in part["actions"]]
-        return {**self.state_dict(), "discounted_return": rows.pop("discounted_return"), "envs": rows}
+        return {**self.state_dict(), "discounted_return": rows.pop("discounted_return"), "snapshot": rows}
 
     def load_gathered(self, saved: dict[str, Any]) -> None:
         """Loads what `gathered` gave: with this rank's environments, and new ones where there were fewer. See load."""
-        own, size = {**self.envs, "discounted_return": self.discounted_return}, self.args.num_envs
+        own, size = {**self.snapshot, "discounted_return": self.discounted_return}, self.args.num_envs
         with refuse("the checkpoint does not fit"):
-            there = {**saved["envs"], "discounted_return": saved["discounted_return"]}
+            there = {**saved["snapshot"], "discounted_return": saved["discounted_return"]}
             for name, new in own.items():
                 rows = there[name][rank() * size :][:size]
                 own[name] = rows + new[len(rows) :] if name == "actions" else torch.cat((rows, new[len(rows) :]))
             if (before := len(there["episode"])) != size * world_size():
                 say(f"the checkpoint has {before} environments, this run has {size * world_size()}")
-        self.load({**saved, "discounted_return": own.pop("discounted_return"), "envs": own})
+        self.load({**saved, "discounted_return": own.pop("discounted_return"), "snapshot": own})
 
     def load(self, saved: dict[str, Any]) -> None:
         """Takes over what state_dict gave. Raises UserError if it does not fit this agent and environment."""
@@ -1943,7 +1951,7 @@ class State:
             expected = kind({**self.state_dict(), "args": saved["args"]})
             row, chunk = kind(self.best["evaluation"]), torch.empty(0, self.task.action_dim)
             grown = [kind(evaluation) == row for evaluation in saved["evaluations"]]
-            grown += [kind(actions[:0]) == kind(chunk) for actions in itertools.chain(*saved["envs"]["actions"])]
+            grown += [kind(actions[:0]) == kind(chunk) for actions in itertools.chain(*saved["snapshot"]["actions"])]
             if kind(saved) != expected or not all(grown):
                 raise ValueError("its entries, or their types or shapes, are others")
             for name, own in vars(self).items():
@@ -2592,7 +2600,7 @@ ALIASES = {  # what other trainers call it
     "--lr": "--learning-rate", "--env": "--env-id", "--device": "--cuda", "--gpu": "--cuda", "--wandb": "--track",
     "--batch-size": "--num-envs x --num-steps / --num-minibatches", "--load": "--resume, --evaluate or --init-from",
     "--render": "--capture-video", "--timesteps": "--total-timesteps", "--n-envs": "--num-envs",
-    "--exp-name": "--run-name", "--norm-adv": "always on, once a rollout", "--vf-coef": "always 0.5",
+    "--exp-name": "--run-name", "--vf-coef": "always 0.5",
     "--torch-deterministic": "always on", "--save-model": "always on (best.pt)",
     "--wandb-project-name": "the variable WANDB_PROJECT",
 }  # fmt: skip
@@ -2744,7 +2752,9 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
                 raise ValueError(f"its networks have other sizes or actions, as in older versions; it has {words}")
             if (activation := tree["args"]["activation"]) != args.activation:
                 raise ValueError(f"its networks need --activation {activation}")
-            if not new and len(tree["envs"]["episode"]) % args.num_envs:
+            if not new and tree["format"] != FORMAT:
+                raise ValueError(f"its format is {tree['format']}, not {FORMAT}; --init-from begins with its networks")
+            if not new and len(tree["snapshot"]["episode"]) % args.num_envs:
                 raise ValueError("another number of environments")
 
 

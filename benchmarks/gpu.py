@@ -127,7 +127,7 @@ def iteration(hidden: int, envs: int, steps: int, device: str, repeats: int) -> 
     args = make_args((hidden, hidden), num_envs=envs, num_steps=steps, seed=3)
     state = pv.State(args, TASK, torch.device(device))
     times: dict[str, list[float]] = {"rollout": [], "update": []}
-    with contextlib.closing(pv.VecEnv(args, TASK, state.envs)) as vec:
+    with contextlib.closing(pv.VecEnv(args, TASK, state.snapshot)) as vec:
         warm_up = 1 if device == "cpu" else 2
         for _ in range(warm_up + repeats):
             now, began = pv.scheduled(args, state.global_step), time.perf_counter()
@@ -144,7 +144,7 @@ def stepping(workers: int, envs: int, steps: int, hidden: tuple[int, ...]) -> It
     args = make_args(hidden, num_envs=envs, num_steps=steps, num_workers=workers)
     state = pv.State(args, TASK, torch.device("cpu"))
     noise = state.agent.distribution.noise(state.noise_rng, steps, envs, 4).numpy()
-    with contextlib.closing(pv.VecEnv(args, TASK, state.envs)) as vec:
+    with contextlib.closing(pv.VecEnv(args, TASK, state.snapshot)) as vec:
         yield lambda: envs * steps / seconds(lambda: vec.rollout(REFERENCE["agent"], noise, 0), 1)[0]
 
 

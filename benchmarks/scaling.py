@@ -74,7 +74,7 @@ def start(args: pv.Options) -> tuple[pv.State, pv.VecEnv]:
     for name, own in state.agent.state_dict().items():
         if not name.startswith("critic."):
             own.copy_(TREE["agent"][name])
-    return state, pv.VecEnv(args, TASK, state.envs)
+    return state, pv.VecEnv(args, TASK, state.snapshot)
 
 
 # ---- What is measured ------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def step_seconds(envs: int, repeats: int) -> float:
     args = make_args(envs)
     state, vec = start(args)
     policy = pv.Policy(state.agent.state_dict(), args.activation, TASK.low, TASK.high)
-    worker = pv.Worker(0, 0, envs, args, vec.task, vec.shared, state.envs)
+    worker = pv.Worker(0, 0, envs, args, vec.task, vec.shared, state.snapshot)
     vec.data.noise[...] = state.agent.distribution.noise(state.noise_rng, *vec.data.noise.shape).numpy()
 
     def rollout() -> None:

@@ -130,7 +130,7 @@ class Bench:
         for name, own in state.agent.state_dict().items():
             if not name.startswith("critic."):
                 own.copy_(self.tree["agent"][name])
-        return state, pv.VecEnv(args, state.task, state.envs)
+        return state, pv.VecEnv(args, state.task, state.snapshot)
 
     def worker(self, args: pv.Options, first: int, last: int) -> pv.Worker:
         """Environments [first, last) as a worker has them, but in this process."""
@@ -201,7 +201,7 @@ def rollouts(bench: Bench, args: pv.Options) -> Iterator[tuple[float, float]]:
     state, envs = bench.start(args)
     bare = pv.State(replace(args, actor_hidden_sizes=()), bench.task, torch.device("cpu"))
     policy, nothing = state.agent.state_dict(), {k: torch.zeros_like(v) for k, v in bare.agent.state_dict().items()}
-    rng, again = np.random.default_rng(0), pv.VecEnv(args, bench.task, bare.envs)
+    rng, again = np.random.default_rng(0), pv.VecEnv(args, bench.task, bare.snapshot)
     with contextlib.closing(envs), contextlib.closing(again):
         while True:
             steps, with_policy, stepping_only = 0, 0.0, 0.0

@@ -647,9 +647,9 @@ def test_a_state_moves_to_another_device() -> None:
     rollout = fake_rollout(other)
     for state in states:
         update(state, rollout, args)
-    envs, moved = moved.envs, moved.to(torch.device("cpu:0"))
+    envs, moved = moved.snapshot, moved.to(torch.device("cpu:0"))
     assert moved is not states[0]
-    assert moved.envs is envs
+    assert moved.snapshot is envs
     assert_same(update(moved, rollout, args), update(other, rollout, args))
     assert_same(dict(moved.agent.state_dict()), dict(other.agent.state_dict()))
 
@@ -937,7 +937,7 @@ def test_collect_and_update_by_hand(state_dependent_std: bool, progress: bool, r
     state = make_state(args, ppo_vec.make_task(args))
     agent = state.agent
     agent.normalizer.load_state_dict(Normalizer(3 + 2 * progress).state_dict())
-    vec = ppo_vec.VecEnv(args, state.task, state.envs)
+    vec = ppo_vec.VecEnv(args, state.task, state.snapshot)
     with contextlib.closing(vec):
         for iteration in range(1, 4):
             noise = torch.randn(14, 6, 2, generator=copy.deepcopy(state.noise_rng))

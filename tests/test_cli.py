@@ -215,7 +215,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--init-from=", "there is no checkpoint"),
     ("--init-from RUN --initial-std 0.3", "--initial-std has no effect with --init-from"),
     ("--lr 1e-3", "here it is --learning-rate"), ("--batch_size=64", "--num-minibatches"), ("--gpu", "--cuda"),
-    ("--norm-adv", "here it is always on"), ("--exp-name x", "here it is --run-name"),
+    ("--vf-coef 1", "here it is always 0.5"), ("--exp-name x", "here it is --run-name"),
     ("--resume RUN/nothing", "RUN/nothing"), ("--evaluate RUN/args.json/x", "RUN/args.json/x"),
     ("--evaluate " + "a" * 5000, "aaa"), ("--evaluate RUN --eval-episodes 0", "--eval-episodes"),
     ("--evaluate RUN --seed 7", "--seed cannot change when a run is evaluated"),
@@ -478,8 +478,8 @@ def wide(agent: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def many(tree: dict[str, Any], hollow: bool) -> dict[str, Any]:
     """A checkpoint that says that it has a million environments."""
-    envs = {k: v[:1].expand(10**6, *v.shape[1:]) for k, v in tree["envs"].items() if hollow and torch.is_tensor(v)}
-    return {**tree, "args": {**tree["args"], "num_envs": 10**6}, "envs": {**tree["envs"], **envs}}
+    envs = {k: v[:1].expand(10**6, *v.shape[1:]) for k, v in tree["snapshot"].items() if hollow and torch.is_tensor(v)}
+    return {**tree, "args": {**tree["args"], "num_envs": 10**6}, "snapshot": {**tree["snapshot"], **envs}}
 
 
 # A broken checkpoint is made of an intact one, t (None: no file). R, E, L: --resume, --evaluate and load_policy refuse
@@ -707,7 +707,7 @@ def test_episodes_csv(trained: Path) -> None:
         assert found == scalars[f"charts/episodic_{name}"]
     times = [float(row["time_s"]) for row in rows]
     assert times == sorted(times)
-    envs = read(trained / "checkpoint.pt")["envs"]
+    envs = read(trained / "checkpoint.pt")["snapshot"]
     for env in range(4):
         lengths = [int(row["length"]) for row in rows if int(row["env"]) == env]
         assert all(1 <= length <= 1600 for length in lengths)

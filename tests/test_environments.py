@@ -107,7 +107,7 @@ def trainer(args: Options, saved: bytes | None = None, task: Task | None = None)
     state = State(args, task, CPU)
     if saved:
         state.load(decode(saved))
-    with contextlib.closing(VecEnv(args, task, state.envs)) as envs:
+    with contextlib.closing(VecEnv(args, task, state.snapshot)) as envs:
         yield state, envs
 
 
@@ -187,7 +187,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def worker_here(args: Options, snapshot: dict[str, Any] | None = None) -> tuple[Worker, State]:
     """A worker of all environments in this process."""
     state = State(args, ppo_vec.make_task(args), CPU)
-    envs = VecEnv(args, state.task, snapshot or state.envs)
+    envs = VecEnv(args, state.task, snapshot or state.snapshot)
     return Worker(0, 0, args.num_envs, args, envs.task, envs.shared, envs.snapshot), state
 
 
@@ -236,9 +236,9 @@ def test_rollouts_equal_published_environments_stepped_by_hand(env_id: str, num_
                 })  # fmt: skip
                 env, obs, episode, length, total = begin(i, episode + 1)
         assert_same(data["next_obs"][-1, i], np.array([*obs, length, total], np.float64))
-        assert_same(state.envs["obs"][i].numpy(), obs.astype(np.float64))
-        assert (state.envs["episode"][i], state.envs["returns"][i]) == (episode, total)
-        kept = np.concatenate([chunk.numpy() for chunk in state.envs["actions"][i]])
+        assert_same(state.snapshot["obs"][i].numpy(), obs.astype(np.float64))
+        assert (state.snapshot["episode"][i], state.snapshot["returns"][i]) == (episode, total)
+        kept = np.concatenate([chunk.numpy() for chunk in state.snapshot["actions"][i]])
         assert_same(kept, data["actions"][num_steps * rollouts - length :, i])
     assert episodes == sorted(expected, key=lambda e: (e["global_step"], e["env"]))
     assert len(episodes) >= 3
@@ -258,7 +258,7 @@ def test_new_workers_go_on_where_the_last_rollout_ended(env_id: str) -> None:
         args = make_args(env_id=env_id, num_envs=5, num_workers=num_workers, num_steps=60)
         with trainer(args) as (state, envs):
             data = steps(state, envs, 5, before=lambda k: k in ends and envs.close(terminate=k % 2 == 0))
-            return *data, plain(state.envs)
+            return *data, plain(state.snapshot)
 
     undisturbed = run(2)
     assert max(map(len, undisturbed[2]["actions"])) > 1  # chunks
@@ -297,7 +297,7 @@ def test_an_environment_that_cannot_be_replayed_starts_a_new_episode(
         def before(k: int) -> None:
             if k == 2 and tamper:
                 envs.close()
-                tampered(state.envs, what)
+                tampered(state.snapshot, what)
             elif k == 3:
                 envs.close()
 
@@ -312,8 +312,8 @@ def test_an_environment_that_cannot_be_replayed_starts_a_new_episode(
     for name in ("obs", "rewards", "truncated"):
         assert_same(data[name][:, [0, 2]], expected[name][:, [0, 2]])
         assert_same(data[name][:120], expected[name][:120])
-    assert state.envs["episode"].tolist() == [1, 1, 1]  # the others' first one ended in the last rollout
-    assert [sum(map(len, chunks)) for chunks in state.envs["actions"]] == [40, 120, 40]
+    assert state.snapshot["episode"].tolist() == [1, 1, 1]  # the others' first one ended in the last rollout
+    assert [sum(map(len, chunks)) for chunks in state.snapshot["actions"]] == [40, 120, 40]
 
 
 # ---- Workers and seeds -----------------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def test_discrete_actions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     run("parts", 2, 2000)
     parts = run("parts", 1, 4000)  # from the middle of six episodes, which are replayed
     assert_same(parts["agent"], first["agent"])
-    assert_same(parts["envs"], first["envs"])
+    assert_same(parts["snapshot"], first["snapshot"])
     act = ppo_vec.load_policy(tmp_path / "one")
     assert act(np.eye(3)).tolist() == [5, 6, 7]
     action = act(np.eye(3)[1])
@@ -566,7 +566,7 @@ def test_a_state_survives_its_checkpoint_and_goes_on_to_the_bit() -> None:
         names = "global_step", "train_time_s", "solved_at_s", "log_sizes", "evaluations", "evaluation_steps"
         assert_same(*({name: getattr(s, name) for name in names} for s in (copied, state)))
         assert 2.5 < copied.wall_time_s < 600
-        assert any(map(len, state.envs["actions"]))
+        assert any(map(len, state.snapshot["actions"]))
         for _ in range(2):
             iterate(state, envs)
         with trainer(dataclasses.replace(args, num_workers=3), data) as (resumed, new_envs):
@@ -629,7 +629,7 @@ class Contest:
     def __init__(self, folder: Path, goal: float | None = 200.0, **args: Any) -> None:
         self.args = make_args(env_id=PENDULUM, num_envs=2, num_workers=1, **args)
         self.state = State(self.args, dataclasses.replace(ppo_vec.make_task(self.args), goal=goal), CPU)
-        self.envs = VecEnv(self.args, self.state.task, self.state.envs)  # never started
+        self.envs = VecEnv(self.args, self.state.task, self.state.snapshot)  # never started
         self.folder, self.calls, self.logged = folder, [], []
         note = lambda state, row: self.logged.append(row)  # noqa: E731
         self.log = SimpleNamespace(folder=folder, evaluation=note, scalars=lambda *_: None)

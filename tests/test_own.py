@@ -557,7 +557,7 @@ if __name__ == "__main__":
     assert ppo_vec.main(flags(tmp_path, "", "--run-name forked")) == 0
     forked = ppo_vec.read_checkpoint(tmp_path / "runs" / "forked")[1]
     assert all(torch.equal(forked["agent"][name], tensor) for name, tensor in spawned["agent"].items())
-    assert torch.equal(forked["envs"]["obs"], spawned["envs"]["obs"])
+    assert torch.equal(forked["snapshot"]["obs"], spawned["snapshot"]["obs"])
 
 
 def test_a_policy_can_be_pickled(tmp_path: Path) -> None:

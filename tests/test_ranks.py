@@ -193,7 +193,7 @@ def test_two_ranks_train_as_one_process_with_all_environments(one: Path, two: Pa
         for name, tensor in expected[saved].items():
             torch.testing.assert_close(found[saved][name], tensor, rtol=1e-3, atol=1e-4)
     for name in ("obs", "returns", "episode"):
-        torch.testing.assert_close(found["envs"][name], expected["envs"][name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found["snapshot"][name], expected["snapshot"][name], rtol=1e-3, atol=1e-3)
     rows = [(run / "evaluation.csv").read_text().splitlines() for run in (one, two)]
     assert [row.split(",")[0] for row in rows[0]] == [row.split(",")[0] for row in rows[1]]
     assert len(rows[0]) == 6
@@ -240,7 +240,7 @@ def test_a_killed_rank_ends_the_other(tmp_path: Path, two: Path, who: int) -> No
         return
     resumed = train(2, tmp_path, "run", "--total-timesteps 600")
     assert torch.equal(vector(resumed["agent"]), vector(checkpoint(two)["agent"]))
-    assert torch.equal(resumed["envs"]["obs"], checkpoint(two)["envs"]["obs"])
+    assert torch.equal(resumed["snapshot"]["obs"], checkpoint(two)["snapshot"]["obs"])
 
 
 DYING_WORKER = """
@@ -307,9 +307,9 @@ def test_another_number_of_ranks_goes_on(tmp_path: Path, one: Path, two: Path, a
     first, second = checkpoint(before), checkpoint(run)
     steps = {1: 100, 2: 50}[after]  # of each environment, in whole rollouts of 50
     assert (first["global_step"], second["global_step"]) == (600, 600 + steps * size * after)
-    assert len(second["envs"]["episode"]) == len(second["discounted_return"]) == size * after
+    assert len(second["snapshot"]["episode"]) == len(second["discounted_return"]) == size * after
     # An episode of Pendulum has 200 steps. Each of the 4 environments has taken 150.
-    lengths = [sum(len(chunk) for chunk in chunks) for chunks in second["envs"]["actions"]]
+    lengths = [sum(len(chunk) for chunk in chunks) for chunks in second["snapshot"]["actions"]]
     assert lengths == [(150 + steps) % 200] * min(4, size * after) + [steps] * (size * after - 4)
 
 

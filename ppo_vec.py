@@ -1644,7 +1644,8 @@ def descend_in_ranks(state: State, batch: Tensors, minibatches: Tensor, args: Ar
     """What state.descend_all returns for both networks, computed by all processes.
 
     With two, one trains the actor, the other the critic, and they send nothing between two minibatches. With more,
-    those of one network divide the rows of each minibatch, and take a step down the mean of their gradients.
+    those of one network divide the rows of each minibatch (each normalises the advantages of its own, unless
+    --norm-adv rollout), and take a step down the mean of their gradients.
     """
     if world_size() == 1:
         return state.descend_all(state.optimizers, batch, minibatches, args)

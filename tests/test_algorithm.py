@@ -426,6 +426,8 @@ def reference_losses(agent: Agent, mb: dict[str, Tensor], args: Options) -> list
     distribution = Normal(mean, logstd.exp().expand_as(mean))
     logratio = distribution.log_prob(mb["actions"]).sum(-1) - mb["logprobs"]
     ratio, advantages = logratio.exp(), mb["advantages"].numpy()
+    if args.norm_adv == "minibatch":
+        advantages = (advantages - advantages.mean()) / advantages.std(ddof=1)
     surrogates = [torch.min(r * a, r.clamp(1 - clip, 1 + clip) * a) for r, a in zip(ratio, advantages.tolist())]
     entropy = distribution.entropy().sum(-1)
     excess = sum(max(abs(m) - 1, 0.0 * m) ** 2 for m in mean.flatten()) / len(mean)
@@ -443,12 +445,12 @@ def reference_losses(agent: Agent, mb: dict[str, Tensor], args: Options) -> list
     return [(total, policy_metrics), (errors.mean() / 4, {"value_loss": errors.mean() / 2})]
 
 
-@given(any_seed, *[st.booleans()] * 5)
+@given(any_seed, *[st.booleans()] * 5, st.sampled_from(["minibatch", "rollout"]))
 def test_losses_and_gradients_equal_a_plain_reference(
-    seed: int, clip_vloss: bool, bounds: bool, bonus: bool, state_dependent_std: bool, progress: bool
+    seed: int, clip_vloss: bool, bounds: bool, bonus: bool, state_dependent_std: bool, progress: bool, norm_adv: str
 ) -> None:
-    coefficients = {"clip_vloss": clip_vloss, "ent_coef": 0.1 * bonus, "bounds_loss_coef": 0.2 * bounds}
-    args = make_args(**coefficients, state_dependent_std=state_dependent_std, critic_progress=progress)
+    flags = {"clip_vloss": clip_vloss, "ent_coef": 0.1 * bonus, "bounds_loss_coef": 0.2 * bounds, "norm_adv": norm_adv}
+    args = make_args(**flags, state_dependent_std=state_dependent_std, critic_progress=progress)
     agent = copy.deepcopy(make_state(args, seed=seed % 1000).agent).double()
     rng = torch.Generator().manual_seed(seed)
     shapes = {"obs": (24, OBS + args.extra_dim), "actions": (24, ACTIONS)}
@@ -475,11 +477,13 @@ def test_losses_and_gradients_equal_a_plain_reference(
 # ---- Update ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target_lambda", [None, 1.0])
-def test_an_update_uses_each_row_once_an_epoch_with_its_gae(target_lambda: float | None, recorders: Recorders) -> None:
-    """Normalised advantages. The critic's targets have their own lambda; with 1 they are Monte Carlo returns."""
+@pytest.mark.parametrize(("target_lambda", "norm_adv"), [(None, "minibatch"), (1.0, "minibatch"), (1.0, "rollout")])
+def test_an_update_uses_each_row_once_an_epoch_with_its_gae(
+    target_lambda: float | None, norm_adv: str, recorders: Recorders
+) -> None:
+    """The critic's targets have their own lambda; with 1 they are Monte Carlo returns."""
     shape = {"num_steps": 30, "num_minibatches": 5, "update_epochs": 3}
-    args = make_args(**shape, gae_lambda=0.8, value_lambda=target_lambda)
+    args = make_args(**shape, gae_lambda=0.8, value_lambda=target_lambda, norm_adv=norm_adv)
     state = make_state(args)
     rollout, (actor, critic) = fake_rollout(state), recorders
     rollout.logprobs = torch.arange(args.batch_size).view(30, 4) / 1000  # tells the rows apart
@@ -489,10 +493,12 @@ def test_an_update_uses_each_row_once_an_epoch_with_its_gae(target_lambda: float
     steps = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
     advantages, errors = (naive_gae(*steps, args.gamma, lam) for lam in (0.8, target_lambda or 0.8))
     returns = errors + rollout.values.numpy()
+    if norm_adv == "rollout":
+        advantages = (advantages - advantages.mean()) / advantages.std(ddof=1)
     expected = {
         "obs": obs, "actions": rollout.actions, "logprobs": rollout.logprobs, "values": rollout.values,
         "returns": torch.from_numpy(returns).float(),
-        "advantages": torch.from_numpy((advantages - advantages.mean()) / advantages.std(ddof=1)).float(),
+        "advantages": torch.from_numpy(advantages).float(),
     }  # fmt: skip
     orders = []
     for recorder in recorders:

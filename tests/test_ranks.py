@@ -118,7 +118,8 @@ T, ALL, rank, size = STEPS, 12, ppo_vec.rank(), ppo_vec.world_size()
 def one_update(columns):
     N = columns.stop - columns.start
     args = Options(num_envs=N, num_steps=T, num_minibatches=4, update_epochs=3, actor_hidden_sizes=(16, 16),
-                   critic_hidden_sizes=(16, 16), ent_coef=0.01, bounds_loss_coef=0.1, target_kl=TARGET_KL)
+                   critic_hidden_sizes=(16, 16), ent_coef=0.01, bounds_loss_coef=0.1, target_kl=TARGET_KL,
+                   norm_adv="minibatch" if size < 3 else "rollout")  # of more than two, each normalises its own rows
     bound = np.ones(3, np.float32)
     state = State(args, Task(5, -bound, bound, None, None), torch.device("cpu"))
     rng = torch.Generator().manual_seed(5)

@@ -63,8 +63,8 @@ STILL = 1e-8  # the learning rate: all compute as ever, but the policy goes on w
 # The hyperparameters of all trainings, beside the networks, which are the policy's. What is not here has the plain
 # defaults of `Options`, not the tuned ones: nothing beyond textbook PPO, and no entropy bonus.
 SAME: dict[str, Any] = {
-    "num_envs": FEW, "num_steps": 128, "update_epochs": 10, "num_minibatches": 8, "learning_rate": STILL, "gamma": 0.98,
-    "gae_lambda": 0.85, "clip_coef": 0.2, "max_grad_norm": 0.5,
+    "num_envs": FEW, "num_steps": 128, "update_epochs": 10, "num_minibatches": 8, "learning_rate": STILL,
+    "critic_learning_rate": None, "gamma": 0.98, "gae_lambda": 0.85, "clip_coef": 0.2, "max_grad_norm": 0.5,
 }  # fmt: skip
 PARTS = "physics (b2World.Step)", "lidars", "rest of a walker's step", "resets", "policy", "copies and loop"
 TIMED = "set_up_torch", "State.__init__", "VecEnv", "collect", "update"  # with all that these use

@@ -139,6 +139,7 @@ def test_all_trainings_are_plain_ppo_and_walk_as_the_policy_does(bench: throughp
         "critic_progress": False, "action_cost": 0, "fall_reward": None, "final_fall_reward": None,
         "swa_share": 0, "bounds_loss_coef": 0, "ent_coef": 0, "target_kl": None, "min_std": 0,
         "value_lambda": None, "critic_learning_rate": None, "clip_vloss": False, "state_dependent_std": False,
+        "norm_adv": "minibatch",
     }  # fmt: skip
     args = bench.args(2)
     assert {name: getattr(args, name, value) for name, value in off.items()} == off

@@ -493,6 +493,7 @@ BROKEN: dict[str, tuple[str, list[str], Callable[[dict[str, Any]], bytes | None]
     "foreign": ("REL", ["checkpoint.pt", "not a ppo_vec checkpoint"], lambda t: saved({"model": torch.zeros(3)})),
     "no dict": ("REL", ["checkpoint.pt", "format"], lambda t: ppo_vec.encode([1])),
     "other format": ("REL", ["checkpoint.pt", "format"], lambda t: changed(t, "ppo_vec 0", "format")),
+    "older format": ("R", ["its format is ppo_vec 4 Gaussian"], lambda t: changed(t, "ppo_vec 4 Gaussian", "format")),
     "bare pickle": ("REL", ["cannot be read"], lambda t: sign(pickle.dumps(Call(os.system, "touch executed")))),
     "code": ("REL", ["cannot be read"], lambda t: sign(saved({**t, "format": Call(os.system, "touch executed")}))),
     "module:id": (

@@ -2588,6 +2588,10 @@ def validate(args: Options) -> None:
         (args.min_std <= args.initial_std, "--min-std must not be more than --initial-std"),
         (args.batch_size % args.num_minibatches == 0, "--num-minibatches must divide --num-envs x --num-steps"),
         (args.batch_size > 1, "--num-envs x --num-steps is one step: no advantages to normalise"),
+        (
+            args.batch_size > args.num_minibatches or args.norm_adv == "rollout",
+            "--num-minibatches leaves one step in each: no advantages to normalise; fewer, or --norm-adv rollout",
+        ),
         (args.resume is None or args.evaluate is None, "--resume and --evaluate exclude each other"),
         (args.evaluate is None or world_size() == 1, "--evaluate uses all cores without torchrun"),
     ):

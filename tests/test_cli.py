@@ -180,6 +180,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--num-steps 100 --num-minibatches 7", "--num-minibatches must divide"),
     ("--num-envs 3 --num-workers 2 --num-steps 64 --num-minibatches 5", "--num-minibatches must divide"),
     ("--num-envs 1 --num-steps 1 --num-minibatches 1", "no advantages to normalise"),
+    ("--num-envs 2 --num-steps 4 --num-minibatches 8 --norm-adv minibatch", "one step in each: no advantages"),
     ("--num-envs 2 --num-workers 1 --num-steps 8 --num-minibatches 32", "--num-minibatches must divide"),
     ("--actor-hidden-sizes 64 0", "--actor-hidden-sizes"),
     ("--fall-reward -1 --final-fall-reward 0", "--final-fall-reward"), ("--run-name " + "a" * 300, "cannot write"),

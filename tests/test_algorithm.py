@@ -477,6 +477,13 @@ def test_losses_and_gradients_equal_a_plain_reference(
 # ---- Update ----------------------------------------------------------------------------------------------------------
 
 
+def test_defaults_and_tuned_values_that_were_chosen_apart() -> None:
+    """A rate of the critic and normalisation by minibatch suit what nobody tuned, and not what was tuned without."""
+    assert (Options().critic_learning_rate, Options().norm_adv) == (1e-3, "minibatch")
+    assert {values["norm_adv"] for values in ppo_vec.TUNED.values()} == {"rollout"}
+    assert {ppo_vec.TUNED[walker]["critic_learning_rate"] for walker in ppo_vec.WALKERS} == {None}
+
+
 @pytest.mark.parametrize(("target_lambda", "norm_adv"), [(None, "minibatch"), (1.0, "minibatch"), (1.0, "rollout")])
 def test_an_update_uses_each_row_once_an_epoch_with_its_gae(
     target_lambda: float | None, norm_adv: str, recorders: Recorders
@@ -653,9 +660,9 @@ def test_a_state_moves_to_another_device() -> None:
     rollout = fake_rollout(other)
     for state in states:
         update(state, rollout, args)
-    envs, moved = moved.snapshot, moved.to(torch.device("cpu:0"))
+    snapshot, moved = moved.snapshot, moved.to(torch.device("cpu:0"))
     assert moved is not states[0]
-    assert moved.snapshot is envs
+    assert moved.snapshot is snapshot
     assert_same(update(moved, rollout, args), update(other, rollout, args))
     assert_same(dict(moved.agent.state_dict()), dict(other.agent.state_dict()))
 

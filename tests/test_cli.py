@@ -483,6 +483,12 @@ def many(tree: dict[str, Any], hollow: bool) -> dict[str, Any]:
     return {**tree, "args": {**tree["args"], "num_envs": 10**6}, "snapshot": {**tree["snapshot"], **envs}}
 
 
+def as_format_4(tree: dict[str, Any]) -> dict[str, Any]:
+    args = {name: value for name, value in tree["args"].items() if name != "norm_adv"}
+    rest = {name: value for name, value in tree.items() if name != "snapshot"}
+    return {**rest, "format": "ppo_vec 4 Gaussian", "args": args, "envs": tree["snapshot"]}
+
+
 # A broken checkpoint is made of an intact one, t (None: no file). R, E, L: --resume, --evaluate and load_policy refuse
 # it, with these words; the others must get the right policy. The costly ones are small files that are made to take
 # gigabytes or minutes.
@@ -494,7 +500,7 @@ BROKEN: dict[str, tuple[str, list[str], Callable[[dict[str, Any]], bytes | None]
     "foreign": ("REL", ["checkpoint.pt", "not a ppo_vec checkpoint"], lambda t: saved({"model": torch.zeros(3)})),
     "no dict": ("REL", ["checkpoint.pt", "format"], lambda t: ppo_vec.encode([1])),
     "other format": ("REL", ["checkpoint.pt", "format"], lambda t: changed(t, "ppo_vec 0", "format")),
-    "older format": ("R", ["its format is ppo_vec 4 Gaussian"], lambda t: changed(t, "ppo_vec 4 Gaussian", "format")),
+    "older format": ("R", ["its format is ppo_vec 4 Gaussian"], lambda t: ppo_vec.encode(as_format_4(t))),
     "bare pickle": ("REL", ["cannot be read"], lambda t: sign(pickle.dumps(Call(os.system, "touch executed")))),
     "code": ("REL", ["cannot be read"], lambda t: sign(saved({**t, "format": Call(os.system, "touch executed")}))),
     "module:id": (

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,8 @@ class Point(gym.Env):
             self.x = np.array([np.random.uniform(), random.random(), torch_number + space_number])
         if self.kind == "no info":
             return self.x
+        if self.kind == "blind at once" and os.path.exists(f"{self.folder}/now"):
+            return self.x * np.nan, {}
         if self.kind == "far":
             return 1.7e9 + self.x, {}
         if self.kind == "short obs":
@@ -380,17 +383,43 @@ def test_a_last_observation_that_is_not_finite(tmp_path: Path) -> None:
     assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
 
 
-def test_an_observation_that_is_not_finite_in_an_evaluation(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    assert ppo_vec.main(flags(tmp_path, "blind")) == 0
+@pytest.mark.parametrize("kind", ["blind", "blind at once"])
+def test_an_observation_that_is_not_finite_in_an_evaluation(tmp_path: Path, kind: str) -> None:
+    """In a step, or at the reset."""
+    options = ppo_vec.Options(
+        env_id="own_point:Point-v0", num_envs=1, num_steps=1,
+        env_kwargs=f'{{"kind":"{kind}","folder":"{tmp_path / "owned"}"}}',
+    )  # fmt: skip
+    task = ppo_vec.make_task(options)
+    state = ppo_vec.State(options, task, torch.device("cpu"))
     (tmp_path / "owned" / "now").touch()
-    capfd.readouterr()
-    run = str(tmp_path / "runs" / "run")
-    assert ppo_vec.main(["--evaluate", run, "--runs-dir", str(tmp_path), "--env-id", "own_point:Point-v0"]) == 1
-    assert capfd.readouterr().err.splitlines()[-1].endswith("an observation in an evaluation is not finite")
+    raises = pytest.raises(ppo_vec.TrainingError, match="an observation in an evaluation is not finite")
+    with contextlib.closing(ppo_vec.VecEnv(options, task, state.snapshot)) as envs, raises:
+        envs.play(state.agent.state_dict(), [0])
 
 
-def test_a_goal_that_is_a_numpy_number(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """A checkpoint holds what the policy has shown, a share of the goal, and takes plain numbers only."""
+class OwnGenerator(ppo_vec.gym.Env):
+    """Of a simulator, which cannot be replaced."""
+
+    observation_space, action_space = ppo_vec.gym.spaces.Box(-1, 1, (1,)), ppo_vec.gym.spaces.Box(-1, 1, (1,))
+
+    @property
+    def np_random(self) -> np.random.Generator:
+        return self.simulator.random
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> Any:
+        self.simulator = SimpleNamespace(random=np.random.default_rng(seed))
+        return self.np_random.uniform(-1, 1, 1), {}
+
+
+def test_a_generator_that_cannot_be_replaced() -> None:
+    env = OwnGenerator()
+    starts = [ppo_vec.reset_env(env, seed) for seed in (1, 2, 1)]
+    assert starts[0] == starts[2] != starts[1]
+
+
+def test_a_goal_that_is_a_numpy_number() -> None:
+    """It becomes a plain one: checkpoints hold what the policy has shown, a share of the goal, and take no other."""
     task = ppo_vec.make_task(ppo_vec.Options(env_id="own_point:Goal-v0"))
     assert (task.goal, type(task.goal)) == (9.0, float)
     with pytest.raises(ppo_vec.UserError, match="its reward_threshold is nan"):

@@ -119,7 +119,7 @@ def one_update(columns):
     N = columns.stop - columns.start
     args = Options(num_envs=N, num_steps=T, num_minibatches=4, update_epochs=3, actor_hidden_sizes=(16, 16),
                    critic_hidden_sizes=(16, 16), ent_coef=0.01, bounds_loss_coef=0.1, target_kl=TARGET_KL,
-                   norm_adv="minibatch" if size < 3 else "rollout")  # of more than two, each normalises its own rows
+                   norm_adv="NORM_ADV")
     bound = np.ones(3, np.float32)
     state = State(args, Task(5, -bound, bound, None, None), torch.device("cpu"))
     rng = torch.Generator().manual_seed(5)
@@ -171,16 +171,24 @@ for one, other in zip(mine, whole, strict=True):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "steps", "target_kl"), [(2, 40, None), (2, 40, 0.02), (3, 40, 0.02), (3, 35, None), (4, 40, None)]
-)
-def test_ranks_update_as_one_process_with_all_environments(ranks: int, steps: int, target_kl: float | None) -> None:
+    ("ranks", "steps", "target_kl", "norm_adv"),
+    [
+        (2, 40, None, "minibatch"), (2, 40, 0.02, "minibatch"), (3, 40, 0.02, "rollout"), (3, 35, None, "rollout"),
+        (4, 40, None, "rollout"), (4, 40, None, "minibatch"),
+    ],
+)  # fmt: skip
+def test_ranks_update_as_one_process_with_all_environments(
+    ranks: int, steps: int, target_kl: float | None, norm_adv: str
+) -> None:
     """Two updates: gradients, weights, Adam's moments, statistics, metrics and the stop at the target KL, on all ranks.
 
     Of two each trains a network alone. Of three and four two share one; 35 steps make minibatches of 105 rows, of
-    which they leave out one: the ranks agree, but not with one process.
+    which they leave out one; and two that share a network normalise the advantages of their own rows with "minibatch":
+    then the ranks agree, but not with one process.
     """
-    code = ONE_UPDATE.replace("TARGET_KL", repr(target_kl)).replace("STEPS", str(steps))
-    for returned, said in finish(start(ranks, code=code.replace("LEFT_OUT", str(steps == 35)))):
+    code = ONE_UPDATE.replace("TARGET_KL", repr(target_kl)).replace("STEPS", str(steps)).replace("NORM_ADV", norm_adv)
+    other = steps == 35 or (ranks > 2 and norm_adv == "minibatch")
+    for returned, said in finish(start(ranks, code=code.replace("LEFT_OUT", str(other)))):
         assert returned == 0, said
         assert said.count("gradient") == 1
 

@@ -669,7 +669,7 @@ def test_broken_checkpoints() -> None:
     "path",
     [
         "optimizers", "evaluations", "evaluations/0", "evaluations/0/mean", "evaluations/0/min", "best",
-        "best/agent/critic.0.bias", "envs/actions", "envs/returns", "solved_at_step", "solved_at_s",
+        "best/agent/critic.0.bias", "snapshot/actions", "snapshot/returns", "solved_at_step", "solved_at_s",
     ],
 )  # fmt: skip
 def test_an_entry_of_another_kind_is_refused(path: str) -> None:

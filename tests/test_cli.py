@@ -198,6 +198,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ('--env-id Pendulum-v1 --env-kwargs {"wind":1}', "wind"), ('--env-kwargs {"wind":1}', "wind"),
     ('--env-kwargs {"fast":true}', "fast"), ("--env-id Pendulum-v1 --wrappers no_such_module:f", "no_such_module"),
     ("--env-id Pendulum-v1 --wrappers gymnasium:no_such_function", "no_such_function"),
+    ("--env-id FrozenLake-v1", "--wrappers gymnasium.wrappers:FlattenObservation makes Box observations"),
     ("--env-kwargs [1]", "--env-kwargs: 'list' object is not a mapping"),
     ("--env-id Pendulum-v1 --wrappers gymnasium.wrappers:TimeLimit", "max_episode_steps"),
     ("--env-id Pendulum-v1 --wrappers operator:not_", "operator:not_ returned bool, not a gymnasium.Env"),
@@ -484,7 +485,9 @@ def many(tree: dict[str, Any], hollow: bool) -> dict[str, Any]:
 
 
 def as_format_4(tree: dict[str, Any]) -> dict[str, Any]:
+    """One with a single row a minibatch, which was no fault before `norm_adv`."""
     args = {name: value for name, value in tree["args"].items() if name != "norm_adv"}
+    args["num_minibatches"] = args["num_envs"] * args["num_steps"]
     rest = {name: value for name, value in tree.items() if name != "snapshot"}
     return {**rest, "format": "ppo_vec 4 Gaussian", "args": args, "envs": tree["snapshot"]}
 

@@ -247,7 +247,8 @@ class Gaussian(nn.Module):
 
 
 # The distribution of Box actions; that of Discrete ones is Categorical, further down. For another, such as a Beta, name
-# here a class with `outputs` and all methods of Gaussian except mean_logstd.
+# here a class with `outputs` and all methods of Gaussian except mean_logstd. Its `noise` has one number per action, and
+# is drawn before the policy is known: `act` of a Beta is the inverse of its distribution function, of uniform noise.
 Distribution = Gaussian
 
 
@@ -284,7 +285,8 @@ class Rollout:
     """What N = num_envs environments did in T = num_steps steps, and what `collect` makes of it.
 
     D = obs_dim + extra_dim: an observation, then (only with --critic-progress) the episode's length and return so far.
-    On the CPU, except obs, normalized_obs, actions and logprobs, which `collect` leaves on the networks' device.
+    On the CPU, except obs, normalized_obs, actions and logprobs, which `collect` leaves on the networks' device. With
+    torchrun each process has those of its own environments.
     """
 
     obs: Tensor  # (T + 1, N, D) raw, float64; the last row is the observation after the rollout
@@ -592,7 +594,7 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
 
     Learning rates and entropy bonus follow global_step. The others follow what the policy has `shown`, from 0 to 1
     (note_returns), or global_step where no goal above 0 is known: the price of a fall grows geometrically, the action
-    cost with the square until half of the way.
+    cost with the square until half of the way. Whatever else changes here and is used in a loss belongs in SCALARS.
     """
     progress = min(global_step / args.total_timesteps, 1)
     skill = progress if shown is None else shown
@@ -807,7 +809,9 @@ def make_task(args: Options) -> Task:
 
 def inspect_env(args: Options) -> Task:
     """Makes the environment, looks at its spaces, takes a few steps. Raises UserError."""
-    extra = " --env-kwargs" * (args.env_kwargs != "{}") + "".join(f" --wrappers {name}" for name in args.wrappers)
+    extra = " --env-kwargs" * (args.env_kwargs != "{}") + (" --wrappers " + " ".join(args.wrappers)) * bool(
+        args.wrappers
+    )
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
     quiet = warnings.catch_warnings(action="ignore")  # such as "v2 is out of date": the error says it, too
     with refuse(what), quiet, closing(make_env(args, published=True, render=args.capture_video)) as env:
@@ -818,6 +822,8 @@ def inspect_env(args: Options) -> Task:
             ours = "supported are Box, and Discrete actions or Box ones with finite bounds"
             flatten = not isinstance(obs, gym.spaces.Box) and getattr(obs, "is_np_flattenable", False)
             way = "; --wrappers gymnasium.wrappers:FlattenObservation makes Box observations" * flatten
+            if box and not actions.is_bounded():
+                way += "; its bounds are infinite (ClipAction? leave it out: actions are clipped here)"
             raise ValueError(f"it has {kinds}; {ours}{way}")
         if discrete and (args.min_std or args.state_dependent_std or args.action_cost):
             raise ValueError("--min-std, --state-dependent-std and --action-cost are for Box actions; its are discrete")
@@ -1750,7 +1756,8 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         optimizer.recording = play
     except Exception as error:  # an edited loss that asks for a tensor's value, uses NumPy, or draws numbers
         name = optimizer.loss_of.__name__
-        text = f"warning: updates take twice as long, for {name} cannot be recorded: {one_line(error)}"
+        where = "".join(f", line {f.lineno}," for f in traceback.extract_tb(error.__traceback__) if f.name == name)
+        text = f"warning: updates take twice as long, for {name}{where} cannot be recorded: {one_line(error)}"
         say(text, any_rank=rank() == 1)  # which trains the critic
         optimizer.recording = flat_gradient  # which is not tried again
 
@@ -2392,6 +2399,9 @@ class Log:
         better = TUNED.get(self.args.env_id, {}).items()
         tuned = " ".join(typed(name, value) for name, value in better if getattr(self.args, name) == value)
         say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}, tuned: {tuned or 'nothing'}")
+        early, late = (fixed_args(scheduled(self.args, int(x * self.args.total_timesteps), x)) for x in (0, 0.9))
+        if changing := ", ".join(name for name in early if early[name] != late[name]):
+            say(f"warning: updates take twice as long, for scheduled() changes {changing}, which is not in SCALARS")
         if world_size() > 1:
             say(f"{world_size()} processes of {self.args.num_envs} environments each")
         self.bar = progress_bar(self.args.total_timesteps, self.steps_before, "step")
@@ -2648,6 +2658,8 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         number = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value)
         if (name or argv[i - 1]).replace("_", "-") in whole and number and float(value).is_integer():
             argv[i] = f"{name}{equals}{float(value):.0f}"
+    if sum(word.partition("=")[0] == "--wrappers" for word in argv) > 1:  # tyro would take the last only
+        raise UserError("--wrappers takes several at once: --wrappers a:b c:d")
     for word in argv:
         if instead := ALIASES.get(word.partition("=")[0].replace("_", "-")):
             raise UserError(f"there is no {word.partition('=')[0]}; here it is {instead}")
@@ -2754,10 +2766,11 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
     if tree is not None:
         with refuse("the checkpoint does not fit"), torch.device("meta"):  # networks without memory
             own = Agent(task.obs_dim, task.action_dim, args, task.discrete)
-            if kind(tree["agent"]) != kind(own.state_dict()):
+            theirs, ours = kind(tree["agent"]), kind(own.state_dict())
+            if others := [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]:
                 names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes", "critic_progress"
                 words = " ".join(typed(name, tree["args"].get(name, getattr(Options, name))) for name in names)
-                raise ValueError(f"its networks have other sizes or actions, as in older versions; it has {words}")
+                raise ValueError(f"its networks have other sizes or actions ({others[0]} differs); it has {words}")
             if (activation := tree["args"]["activation"]) != args.activation:
                 raise ValueError(f"its networks need --activation {activation}")
             if not new and len(tree["snapshot"]["episode"]) % args.num_envs:

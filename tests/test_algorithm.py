@@ -818,8 +818,21 @@ def test_a_loss_that_cannot_be_recorded(
         if edit is not draw:
             assert_same(*rows)
     text = capsys.readouterr().err
-    warning = "warning: updates take twice as long, for value_loss cannot be recorded"
+    warning = "warning: updates take twice as long, for value_loss cannot be recorded: "
     assert text.count(warning) == text.count("\n") == 1
+
+
+def test_the_line_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def value_loss(agent: Any, mb: Any, args: Any) -> Any:
+        ask(mb["returns"].sum())  # the second line
+        return before(agent, mb, args)
+
+    before, first = ppo_vec.value_loss, value_loss.__code__.co_firstlineno
+    monkeypatch.setattr(ppo_vec, "value_loss", value_loss)
+    state = make_state(make_args())
+    for i in range(2):
+        update(state, fake_rollout(state, i), state.args)
+    assert f", for value_loss, line {first + 1}, cannot be recorded: " in capsys.readouterr().err
 
 
 def test_a_layer_that_torchscript_does_not_know(capsys: pytest.CaptureFixture) -> None:

@@ -199,6 +199,9 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ('--env-kwargs {"fast":true}', "fast"), ("--env-id Pendulum-v1 --wrappers no_such_module:f", "no_such_module"),
     ("--env-id Pendulum-v1 --wrappers gymnasium:no_such_function", "no_such_function"),
     ("--env-id FrozenLake-v1", "--wrappers gymnasium.wrappers:FlattenObservation makes Box observations"),
+    ("--env-id Pendulum-v1 --wrappers gymnasium.wrappers:ClipAction", "leave it out: actions are clipped here"),
+    ("--env-id Pendulum-v1 --wrappers a:b --wrappers c:d", "--wrappers takes several at once"),
+    ("--env-id Pendulum-v1 --wrappers a:b c:d", "--env-id Pendulum-v1 --wrappers a:b c:d: "),
     ("--env-kwargs [1]", "--env-kwargs: 'list' object is not a mapping"),
     ("--env-id Pendulum-v1 --wrappers gymnasium.wrappers:TimeLimit", "max_episode_steps"),
     ("--env-id Pendulum-v1 --wrappers operator:not_", "operator:not_ returned bool, not a gymnasium.Env"),
@@ -211,7 +214,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--resume RUN --evaluate RUN", "--evaluate exclude each other"),
     ("--resume RUN --total-timesteps 0", "--total-timesteps"), ("--resume RUN/args.json", "RUN/args.json"),
     ("--resume RUN/best.pt", "best.pt is another file"), ("--resume RUN/other.pt", "other.pt is another file"),
-    ("--init-from RUN --env-id Pendulum-v1", "its networks have other sizes"), ("--init-from RUN/no", "RUN/no"),
+    ("--init-from RUN --env-id Pendulum-v1", "or actions (actor.0.weight differs)"), ("--init-from RUN/no", "RUN/no"),
     ("--init-from RUN --critic-progress", "--actor-hidden-sizes 4 --critic-hidden-sizes 4 --no-critic-progress"),
     ("--resume RUN --critic-progress", "--critic-progress cannot change"),
     ("--init-from=", "there is no checkpoint"),
@@ -291,6 +294,22 @@ def test_a_run_says_which_tuned_values_it_has(tmp_path: Path, monkeypatch: Patch
     monkeypatch.delitem(ppo_vec.TUNED, "Pendulum-v1")
     assert train(tmp_path / "c", *flags.split(), "--eval-episodes", "1") == 0
     assert capfd.readouterr().err.splitlines()[0].endswith(", tuned: nothing")
+
+
+def test_a_schedule_that_no_recording_follows(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    """An argument that an edited `scheduled` changes is named if it is not in SCALARS."""
+    before = ppo_vec.scheduled
+
+    def edited(args: Any, global_step: int, shown: float | None = None) -> Any:
+        left = 1 - global_step / args.total_timesteps
+        now = before(args, global_step, shown)
+        return dataclasses.replace(now, clip_coef=0.2 * left, bounds_loss_coef=0.1 * left)
+
+    monkeypatch.setattr(ppo_vec, "scheduled", edited)
+    assert train(tmp_path / "run", *tiny()) == 0
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    words = "updates take twice as long, for scheduled() changes bounds_loss_coef, which is not in SCALARS"
+    assert warnings == [f"warning: {words}"]
 
 
 def test_evaluate_is_refused_in_several_processes(monkeypatch: Patch) -> None:

@@ -1,10 +1,10 @@
 """PPO in one file: masters BipedalWalker on an ordinary machine in minutes.
 
     python ppo_vec.py --num-envs 16 --cuda             # train; without CUDA it says so once and uses the CPU
-    python ppo_vec.py --env-id my_module:MyEnv-v0      # train on your own environment, or any other of Gymnasium
+    python ppo_vec.py --env-id my_module:MyEnv-v0      # train on your own environment, or another of Gymnasium's
     torchrun --nproc-per-node 2 ppo_vec.py             # train in several processes, on one machine or more
     tensorboard --logdir runs                          # watch
-    python ppo_vec.py --resume runs/NAME               # continue an interrupted run, to the bit
+    python ppo_vec.py --resume runs/NAME               # continue an interrupted run, bit for bit
     python ppo_vec.py --evaluate runs/NAME             # 100 test episodes of the run's final policy
     action = ppo_vec.load_policy("runs/NAME")(obs)     # in Python: from raw observations to actions
 
@@ -61,11 +61,13 @@ from typing import Any, Literal, get_type_hints
 
 if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":16:8", ":4096:8"):  # else deterministic torch fails on CUDA
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-# To be set before NumPy is imported; a user's own value stays. One thread: the policy's matrices are too small for
-# more. OpenBLAS has a kernel for each kind of processor, and their results differ in the last bits: take AVX2's.
+# Before NumPy is imported; a value that you have set stays. One thread: the acting policy's matrices are small. And one
+# kernel for all processors that have AVX2: OpenBLAS has one for each kind, and they differ in the last bits.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+CPU = os.environ.get("PROCESSOR_IDENTIFIER", "")  # Windows has that
 with suppress(OSError):
-    if " avx2 " in Path("/proc/cpuinfo").read_text():
+    CPU = Path("/proc/cpuinfo").read_text()
+    if " avx2 " in CPU:
         os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 
 import Box2D
@@ -85,38 +87,38 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    """The arguments of PPO; the defaults are for tasks without TUNED ones, further down. `Options` adds all others."""
+    """PPO's hyperparameters. TUNED, further down, has other defaults for a few tasks; Options adds all other flags."""
 
     seed: int = 1  # seed of everything random: environments, action noise, shuffling and initialisation
-    cuda: bool = False  # run the networks on the GPU (environments and the acting policy stay on the CPU)
+    cuda: bool = False  # train on the GPU (the environments, and the actor's copy that acts in them, stay on the CPU)
 
     total_timesteps: int = 1_000_000  # environment steps to train for; training ends with the rollout that reaches it
     num_envs: int = 16  # the number of environments stepped in parallel (with torchrun: in each process)
     num_steps: int = 128  # steps of each environment per rollout
     learning_rate: float = 3e-4  # the learning rate of the actor's optimizer
     critic_learning_rate: float | None = 1e-3  # the learning rate of the critic's optimizer; None: --learning-rate
-    anneal_lr: bool = True  # let the learning rates, and --ent-coef, fall linearly to zero
-    anneal_share: float = 0.2  # they fall over this last share of the training; 1: all of it, as in CleanRL
+    anneal_lr: bool = True  # anneal the learning rates and --ent-coef linearly to zero
+    anneal_share: float = 0.2  # anneal over this last share of the training; 1: over all of it, as in CleanRL
     gamma: float = 0.99  # the discount factor
     gae_lambda: float = 0.95  # the lambda of generalized advantage estimation
-    value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: discounted returns
+    value_lambda: float | None = None  # the lambda of the critic's target; None: --gae-lambda; 1: Monte Carlo returns
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 10  # epochs over each rollout
-    norm_adv: Literal["minibatch", "rollout"] = "minibatch"  # over what advantages are normalised
+    norm_adv: Literal["minibatch", "rollout"] = "minibatch"  # what advantages are normalised over
     clip_coef: float = 0.2  # the clip range of the probability ratio
-    clip_vloss: bool = False  # also clip the change of the value, by --clip-coef
+    clip_vloss: bool = False  # also clip the value loss, with --clip-coef
     ent_coef: float = 0.0  # the weight of the entropy bonus
     bounds_loss_coef: float = 0.0  # the weight of the penalty on means beyond the action bounds (as in rl_games)
-    max_grad_norm: float = 0.5  # the largest gradient norm, of actor and critic each
+    max_grad_norm: float = 0.5  # the maximum gradient norm, of actor and critic each
     target_kl: float | None = None  # end the actor's update before the minibatch whose approximate KL exceeds this
 
-    initial_std: float = 0.5  # the standard deviation of the first actions, where -1 and 1 are the bounds
+    initial_std: float = 0.5  # the initial standard deviation of actions, where -1 and 1 are their bounds
     min_std: float = 0.0  # after each update, standard deviations below this are raised to it
     state_dependent_std: bool = False  # let the actor also output the log standard deviation, clamped to [-20, 2]
     actor_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the actor's hidden layers
     critic_hidden_sizes: tuple[int, ...] = (64, 64)  # the widths of the critic's hidden layers
     activation: Literal["tanh", "relu", "leaky_relu", "elu"] = "tanh"  # the activation of the hidden layers
-    critic_progress: bool = False  # the critic alone also gets the episode's length and return so far, as two inputs
+    critic_progress: bool = False  # give the critic two more inputs: the episode's length and return so far
 
     @property
     def batch_size(self) -> int:  # of each process
@@ -129,27 +131,15 @@ class Args:
 
 # ---- Agent -----------------------------------------------------------------------------------------------------------
 
+# With torchrun several processes ("ranks") train together: all_ranks(x) is the list of every rank's x; else it is [x].
 
-class Tanh(nn.Module):
-    """nn.Tanh, to within 5e-7. On the CPU torch takes Intel MKL's, which takes four times as long on AMD processors."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.tanh() if x.is_cuda else 2 * torch.sigmoid(2 * x) - 1
-
-
-ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {  # in torch, and in NumPy for the workers
-    "tanh": (Tanh, np.tanh),
-    "relu": (nn.ReLU, lambda x: np.maximum(x, 0)),
-    "leaky_relu": (nn.LeakyReLU, lambda x: np.maximum(x, np.float32(0.01) * x)),
-    "elu": (nn.ELU, lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0)))),
-}
 LOGSTD_MIN, LOGSTD_MAX = -20.0, 2.0  # of a state-dependent standard deviation
 OBS_CLIP, REWARD_CLIP = 10.0, 10.0  # of normalised observations and scaled rewards
 Tensors = dict[str, Tensor]  # by name
 
 
 class Normalizer(nn.Module):
-    """Running mean and variance as buffers of a module, so that no checkpoint can lose them (CleanRL #425).
+    """Running mean and variance, as buffers: so they are saved with the networks (to forget them: CleanRL #425).
 
     Only `Normalizer.update` changes them: for observations at the end of a PPO update, for returns in `scale_rewards`.
     """
@@ -165,9 +155,9 @@ class Normalizer(nn.Module):
         return ((x - self.mean) * (self.var + 1e-8).rsqrt()).clamp(-OBS_CLIP, OBS_CLIP).float()
 
     def update(self, rows: Tensor) -> None:
-        """Merges the mean and variance of `rows` (n, size), with torchrun of all processes' (Chan et al. 1979)."""
+        """Merges the mean and variance of `rows` (n, size) into the running ones (Chan et al. 1979)."""
         rows, n = rows.double(), len(rows)
-        for moments in all_ranks(torch.stack((rows.mean(0), rows.var(0, unbiased=False)))):  # once without torchrun
+        for moments in all_ranks(torch.stack((rows.mean(0), rows.var(0, unbiased=False)))):
             mean, var = moments.to(rows.device)
             total, delta = self.count + n, mean - self.mean
             self.mean += delta * n / total
@@ -176,7 +166,7 @@ class Normalizer(nn.Module):
 
 
 def mlp(sizes: Sequence[int], activation: str, last_gain: float) -> nn.Sequential:
-    """Linear layers with activations between them; at first weights are orthogonal, biases 0 (37 details, no. 2)."""
+    """Linear layers with activations between them; initial weights are orthogonal, biases 0 (37 details, no. 2)."""
     layers: list[nn.Module] = []
     for i in range(1, len(sizes)):
         linear = nn.Linear(sizes[i - 1], sizes[i])
@@ -209,7 +199,7 @@ class Gaussian(nn.Module):
         return mean, logstd.clamp(LOGSTD_MIN, LOGSTD_MAX)
 
     def log_prob_entropy(self, out: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """The log density of `actions` (..., action_dim) and the entropy, (...) each, in nats."""
+        """The log density of `actions` (..., action_dim) and the entropy, (...) each, in nats (as torch's Normal)."""
         mean, logstd = self.mean_logstd(out)
         z = (actions - mean) * (-logstd).exp()
         log_norm = logstd.sum(-1) + 0.5 * math.log(2 * math.pi) * actions.shape[-1]
@@ -231,7 +221,7 @@ class Gaussian(nn.Module):
 
     @staticmethod
     def noise(generator: torch.Generator, *shape: int) -> Tensor:
-        """Standard noise from which `act` makes a sample. Workers draw none, so that their number changes no result."""
+        """Standard normal noise, from which `act` makes a sample; drawn here, so that workers change no result."""
         return torch.randn(*shape, generator=generator)
 
     @staticmethod
@@ -247,8 +237,8 @@ class Gaussian(nn.Module):
 
 
 # The distribution of Box actions; that of Discrete ones is Categorical, further down. For another, such as a Beta, name
-# here a class with `outputs` and all methods of Gaussian except mean_logstd. Its `noise` has one number per action, and
-# is drawn before the policy is known: `act` of a Beta is the inverse of its distribution function, of uniform noise.
+# here a class with `outputs` and all methods of Gaussian except mean_logstd. Its noise is one number per action, drawn
+# before the mean is known: for a Beta, uniform noise, of which `act` takes the inverse distribution function.
 Distribution = Gaussian
 
 
@@ -266,7 +256,7 @@ class Agent(nn.Module):
         self.distribution.initialize(self.actor[-1])  # type: ignore[arg-type]
 
     def policy(self, x: Tensor) -> Tensor:
-        """Normalised rows (..., obs_dim + extra_dim) -> the actor's output, for `distribution`. NumPy copy: Policy."""
+        """Normalised rows (..., obs_dim + extra_dim) -> the actor's output, the parameters of `distribution`."""
         return self.actor(x[..., : self.obs_dim])
 
     def value(self, x: Tensor) -> Tensor:
@@ -276,27 +266,26 @@ class Agent(nn.Module):
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
 
-# A State, further down, holds all that a checkpoint saves. `collect` and `update` use its agent, optimizers, device,
-# global_step, two random generators (noise_rng, shuffle_rng), and return_statistics and discounted_return (N,).
+# A State, further down, holds all that a checkpoint saves: agent, optimizers (the actor's, the critic's), device,
+# global_step, noise_rng, shuffle_rng, return_statistics (a Normalizer), discounted_return (N,), and what train() needs.
 
 
 @dataclass
 class Rollout:
-    """What N = num_envs environments did in T = num_steps steps, and what `collect` makes of it.
+    """What N = num_envs environments did in T = num_steps steps, and what `collect` adds to it.
 
     D = obs_dim + extra_dim: an observation, then (only with --critic-progress) the episode's length and return so far.
-    On the CPU, except obs, normalized_obs, actions and logprobs, which `collect` leaves on the networks' device. With
-    torchrun each process has those of its own environments.
+    Of this rank's environments. On the CPU, except obs, normalized_obs, actions, logprobs after `collect`.
     """
 
     obs: Tensor  # (T + 1, N, D) raw, float64; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, D) raw, float64; an episode's last, in rows that are only truncated; else anything
+    final_obs: Tensor  # (T, N, D) raw, float64; the true last one where only truncated; elsewhere undefined
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
-    rewards: Tensor  # (T, N) raw, float64; `collect` replaces them by those that training uses
+    rewards: Tensor  # (T, N) raw, float64; after `collect` shaped and scaled, float32
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
-    restarted: Tensor  # (N,) bool; after a resume or a fault the episode could not go on: row 0 begins a new one
-    episodes: list[dict[str, Any]]  # those that ended, of all processes: global_step, env, return, length, fell
+    restarted: Tensor  # (N,) bool; row 0 begins a new episode: after a resume or fault the old one could not go on
+    episodes: list[dict[str, Any]]  # those that ended, of all ranks: global_step, env, return, length, fell
     # What `collect` adds:
     normalized_obs: Tensor = field(init=False)  # (T + 1, N, D), for the networks
     logprobs: Tensor = field(init=False)  # (T, N) of the policy that acted
@@ -307,19 +296,19 @@ class Rollout:
 def scale_rewards(state: State, rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
     """Divides `rewards` (T, N) by the standard deviation of discounted returns; clips them to +-10; float32.
 
-    37 details, continuous control nos. 8 and 9. Unlike in CleanRL, the statistics take in this rollout's returns first;
-    then one number divides all its rewards. Updates state.return_statistics and state.discounted_return (N,).
+    37 details, continuous control nos. 8 and 9. Unlike in CleanRL, the statistics take in the whole rollout's returns
+    first; then one number divides all its rewards. Updates state.return_statistics and state.discounted_return (N,).
     """
-    goes_on = (~(rollout.terminated | rollout.truncated)).numpy()
+    not_done = (~(rollout.terminated | rollout.truncated)).numpy()
     running = state.discounted_return.numpy() * ~rollout.restarted.numpy()
-    returns = rewards.to(torch.float64, copy=True).numpy()  # turned into sums below, six times as fast as in torch
+    returns = rewards.to(torch.float64, copy=True).numpy()  # summed below, six times as fast as in torch
     for t in range(len(returns)):
         returns[t] += gamma * running
-        running = returns[t] * goes_on[t]
+        running = returns[t] * not_done[t]
     state.discounted_return = torch.from_numpy(running)
     state.return_statistics.update(torch.from_numpy(returns).view(-1, 1))
     variance = state.return_statistics.var
-    std = torch.where(variance > 0, variance, 1.0).sqrt()  # 0: all returns were equal
+    std = torch.where(variance > 0, variance, 1.0).sqrt()  # 0: all returns are equal
     return (rewards / std).clamp(-REWARD_CLIP, REWARD_CLIP).float()
 
 
@@ -332,15 +321,18 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     1. Actions are stored unclipped. Raises TrainingError where a rollout fails.
     """
     agent = state.agent
-    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # with torchrun each uses a part of it
+    shape = args.num_steps, args.num_envs * world_size(), envs.task.action_dim  # for all ranks; each uses its part
     noise = agent.distribution.noise(state.noise_rng, *shape)
+    # In the workers, T times: actions[t] = mean(obs[t]) + std * noise[t]; obs[t + 1], ... = env.step(clip(actions[t]))
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size * world_size()
-    rollout.rewards = training_rewards(state, rollout, args)  # scale_rewards; see also --action-cost, --fall-reward
+    rollout.rewards = training_rewards(
+        state, rollout, args
+    )  # shaped (--action-cost, --fall-reward), then scale_rewards
     rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
     rollout.normalized_obs = x = agent.normalizer(rollout.obs)
     rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
-    values = agent.value(x).cpu()  # gae has many small steps, which a GPU would be slow to start
+    values = agent.value(x).cpu()  # gae has many tiny operations, each slow to start on a GPU
     rollout.values, rollout.next_values = values[:-1], values[1:].clone()  # a copy: the last line changes it
     final_obs = rollout.final_obs[rollout.truncated].to(state.device)
     rollout.next_values[rollout.truncated] = agent.value(agent.normalizer(final_obs)).cpu()
@@ -356,8 +348,8 @@ def gae(
 ) -> Tensor:  # fmt: skip
     """Generalized advantage estimation (arXiv:1506.02438, equation 16).
 
-    next_values[t] is the value of the observation after step t: values[t + 1]. But an environment is reset in the step
-    that ends its episode, so in a truncated row it is the value of the true last observation, before the reset. A
+    next_values[t] is the value of the observation after step t: values[t + 1]. Where step t ended the episode, the
+    environment has been reset by then: a truncated row has the value of the true last observation instead. A
     terminated row is not bootstrapped (termination wins if both are set). Both kinds of end cut the sum of TD errors.
 
     Args: all (T, N); rewards, values and next_values float32, terminated and truncated bool.
@@ -374,11 +366,12 @@ def gae(
 
 
 def normalized(advantages: Tensor) -> Tensor:
+    """Zero mean and unit variance (37 details, no. 7)."""
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
 def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """Equation 7 of arXiv:1707.06347 for one minibatch, negated; minus the entropy bonus, plus the penalty on means.
+    """The clipped surrogate objective (arXiv:1707.06347, equation 7), negated; minus entropy bonus, plus bounds loss.
 
     Args: mb with normalised obs (B, ...) and actions (B, action_dim); logprobs and advantages (B,).
     Returns: the loss, and metrics without gradient.
@@ -405,7 +398,7 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
 
 
 def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """0.25 x mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. With Adam the factor only affects clipping.
+    """0.25 x mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. The factor only affects gradient clipping.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
     Returns: the loss, and 0.5 x MSE as a metric without gradient.
@@ -422,11 +415,11 @@ def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
 def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
     """One PPO update: epochs of shuffled minibatches over the rollout. Returns the metrics.
 
-    Advantages are normalised in each minibatch (37 details, no. 7). With --norm-adv rollout, minibatches in which
-    nothing happens do not weigh as much as one with a rare, large reward. The observation normaliser changes only at
-    the end: it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
+    Advantages are normalised in each minibatch, or with --norm-adv rollout once: then a minibatch in which nothing
+    happens does not weigh as much as one with a rare, large reward. The observation normaliser changes only at the
+    end: it merges the rollout's observations. Raises TrainingError for a loss or gradient that is not finite.
     """
-    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # they minimise policy_ and value_loss
+    agent, (actor_optimizer, critic_optimizer) = state.agent, state.optimizers  # of policy_loss, value_loss
     inputs = rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated
     advantages = gae(*inputs, args.gamma, args.gae_lambda)
     critic_advantages = advantages if args.value_lambda is None else gae(*inputs, args.gamma, args.value_lambda)
@@ -434,17 +427,17 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
         "obs": rollout.normalized_obs[:-1], "actions": rollout.actions, "logprobs": rollout.logprobs,
         "advantages": advantages, "returns": critic_advantages + rollout.values, "values": rollout.values,
     }  # fmt: skip
-    parts = all_ranks(batch)  # [batch], or with torchrun that of each process. They are joined, and flattened to rows:
+    parts = all_ranks(batch)  # the environments of all ranks are joined, and (T, N) flattened to rows:
     batch = {name: torch.cat([part[name] for part in parts], dim=1).flatten(0, 1).to(state.device) for name in batch}
     returns = batch["returns"]
     if args.norm_adv == "rollout":
         batch["advantages"] = normalized(batch["advantages"])
-    inds = [torch.randperm(len(returns), generator=state.shuffle_rng) for _ in range(args.update_epochs)]
-    minibatches = torch.stack(inds).view(args.update_epochs * args.num_minibatches, -1).to(state.device)
+    b_inds = [torch.randperm(len(returns), generator=state.shuffle_rng) for _ in range(args.update_epochs)]
+    minibatches = torch.stack(b_inds).view(args.update_epochs * args.num_minibatches, -1).to(state.device)
 
     actor_optimizer.begin_update(args.learning_rate)
     critic_optimizer.begin_update(args.critic_learning_rate or args.learning_rate)
-    # Runs `descend`, the loop over minibatches below, for both networks at the same time (threads, streams, processes).
+    # Runs `descend`, the loop over minibatches below, for both optimizers at the same time: in threads, or in ranks.
     actor_sums, critic_sums = descend_in_ranks(state, batch, minibatches, args)
     agent.distribution.keep_min_std()
     agent.normalizer.update(rollout.obs[:-1].flatten(0, 1))
@@ -453,21 +446,22 @@ def update(state: State, rollout: Rollout, args: Args) -> dict[str, float]:
 
 
 @torch.no_grad()
-@torch.jit.optimized_execution(False)  # else a recording's last bits change: see `record`
 def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> Tensors:
-    """A step of Adam for each row of `minibatches`, the indices of its rows of `batch`; no more beyond --target-kl.
+    """One step of Adam for each row of `minibatches`, (number of minibatches, their size) indices into `batch`.
 
-    Returns "steps", how many were taken, and the sum of each metric over them.
+    None beyond --target-kl. Returns "steps", how many were taken, and the sum of each metric over them.
     """
-    gradient_of = optimizer.recording or flat_gradient  # a recording has the same bits, sooner: see `record`
-    rows = []  # one a minibatch: whether a step was taken (1 or 0), then the metrics
+    gradient_of = optimizer.recording or flat_gradient  # its recorded operations have the same bits, sooner: `record`
+    rows = []  # for each minibatch 1 or 0 (was a step taken?), then the metrics
     for mb_inds in minibatches:
         gradient, metrics = gradient_of(optimizer, batch, mb_inds, args)
-        if args.target_kl is not None and "approx_kl" in metrics:  # the actor; before the step, not after
+        if args.target_kl is not None and "approx_kl" in metrics:  # the actor's; before the step, not after
             optimizer.halt_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = optimizer.take_step(gradient, args.max_grad_norm)
         rows.append(torch.stack([1 - optimizer.halted, *metrics.values()]))
-        if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.halted:  # to ask a GPU is to wait for it
+        if (
+            args.target_kl is not None and optimizer.flat.is_cpu and optimizer.halted
+        ):  # (to ask a GPU is to wait for it)
             break
     table = torch.stack(rows)  # where no step was taken, for target_kl, a row may hold NaN
     sums = torch.where(table[:, :1] > 0, table, 0.0).sum(0)
@@ -486,31 +480,32 @@ def flat_gradient(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Ar
 
 
 def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None = None, new: bool = True) -> int | None:
-    """Trains a new run (with the networks of checkpoint `saved`, if given), or, if not `new`, goes on from `saved`.
+    """Trains a new run, from the networks of checkpoint `saved` if given; or, if not `new`, continues the run `saved`.
 
     Returns the signal that stopped it, or None if it finished.
     """
     folder = folder.absolute()  # an environment may change the working directory
     set_up_torch()
-    state = State(args, task, torch.device("cpu"))  # on the CPU until the workers are forked
+    state = State(args, task, torch.device("cpu"))
     if saved and new:
         state.agent.load_state_dict(saved["agent"])
     elif saved:
         state.load_gathered(saved)
-    envs = VecEnv(args, task, state.snapshot)  # where the environments are; each rollout changes it in place
-    envs.start()  # before CUDA is touched: workers are forked
-    state = state.to(choose_device(args))
-    with stop_signals(folder, state) as stopped, closing(envs), closing(Log(folder, state)) as log:
+    envs = VecEnv(args, task, state.snapshot)  # which each rollout changes in place
+    with stop_signals(folder, state) as stopped, closing(envs.start()), closing(Log(folder, state)) as log:
+        state.move_to(choose_device(args))  # workers are forked by now: CUDA must not be touched before
         save(state, log)  # at once, so that --resume finds a checkpoint whenever the run is stopped
         while state.global_step < args.total_timesteps and not stopped():
-            log.lap("files")  # starts the clock of the rollout: files and evaluations are no training time
-            now = scheduled(args, state.global_step, state.shown)  # with the learning rates and prices of now
+            log.lap("files")  # evaluations and files are no part of the training time
+            now = scheduled(
+                args, state.global_step, state.shown
+            )  # with this iteration's learning rates, entropy bonus and rewards
             rollout = collect(envs, state, now)
             log.lap("rollout")
             metrics = update(state, rollout, now)
             log.lap("update")
             average_weights(state, args)
-            note_returns(state, rollout)  # sets state.shown: how near the goal the policy has come
+            note_returns(state, rollout)  # sets state.shown, the share of the goal that was reached
             log.iteration(state, rollout, metrics, now)
             if should_evaluate(state, args):
                 evaluate(envs, state, log)
@@ -525,9 +520,9 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
 
 
 # ======================================================================================================================
-# You have read PPO. The rest is engineering, and what is left of PPO: learning rates fall in `scheduled`, FlatAdam
-# clips the gradient and has Adam's epsilon, Policy.env_action clips actions. First comes what some environments need
-# besides plain PPO: `Options`, TUNED, `scheduled` and `training_rewards`.
+# You have read PPO, but for three details: `scheduled` anneals learning rates, FlatAdam clips gradients and has Adam's
+# epsilon, Policy.env_action clips actions. The rest is engineering. First comes what some environments need besides
+# plain PPO: `Options`, TUNED, `scheduled` and `training_rewards`.
 # ======================================================================================================================
 
 # ---- Options, schedules, and the rewards that training uses ----------------------------------------------------------
@@ -535,7 +530,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
 
 @dataclass
 class Options(Args):
-    """Train, resume or evaluate a PPO agent. Tuned defaults depend on --env-id; what you type overrides them."""
+    """Train, resume or evaluate a PPO agent: every flag of the command line."""
 
     env_id: str = "BipedalWalker-v3"  # an environment with Box observations and Discrete or bounded Box actions
     env_kwargs: str = "{}"  # keyword arguments of the environment as JSON, such as '{"gravity": -5}'
@@ -594,7 +589,7 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
 
     Learning rates and entropy bonus follow global_step. The others follow what the policy has `shown`, from 0 to 1
     (note_returns), or global_step where no goal above 0 is known: the price of a fall grows geometrically, the action
-    cost with the square until half of the way. Whatever else changes here and is used in a loss belongs in SCALARS.
+    cost with its square, until half of it is reached. What else changes here and is used in a loss belongs in SCALARS.
     """
     progress = min(global_step / args.total_timesteps, 1)
     skill = progress if shown is None else shown
@@ -627,8 +622,8 @@ def note_returns(state: State, rollout: Rollout) -> None:
 
 def training_rewards(state: State, rollout: Rollout, args: Options) -> Tensor:
     """The (T, N) rewards that training uses: the raw ones less the action cost, scaled; a fall has its own price."""
-    strength = rollout.actions.abs().clamp(max=1).sum(-1)
-    rewards = scale_rewards(state, rollout.rewards.float() - args.action_cost * strength, rollout, args.gamma)
+    effort = rollout.actions.abs().clamp(max=1).sum(-1)
+    rewards = scale_rewards(state, rollout.rewards.float() - args.action_cost * effort, rollout, args.gamma)
     if args.fall_reward is not None:
         rewards[rollout.terminated & (rollout.rewards <= FALL)] = args.fall_reward
     return rewards
@@ -671,6 +666,7 @@ class FlatAdam:
         return [self.flat, *self.state.values()]
 
     def begin_update(self, learning_rate: float) -> None:
+        """Sets the learning rate; steps are taken again after --target-kl has halted the last update."""
         self.learning_rate = learning_rate
         self.halted.zero_()
 
@@ -802,6 +798,9 @@ def make_task(args: Options) -> Task:
             raise
     if isinstance(result, UserError):
         raise result
+    found = all_ranks(str({**vars(result), "low": result.low.tolist(), "high": result.high.tolist()}))
+    if len(set(found)) > 1:
+        raise UserError(f"--env-id {args.env_id}: torchrun's processes have different environments under that name")
     if result.obs_dim > 5_000:
         say(f"warning: an observation is {result.obs_dim} numbers, and there are no convolutions: slow, if it learns")
     return result
@@ -809,9 +808,8 @@ def make_task(args: Options) -> Task:
 
 def inspect_env(args: Options) -> Task:
     """Makes the environment, looks at its spaces, takes a few steps. Raises UserError."""
-    extra = " --env-kwargs" * (args.env_kwargs != "{}") + (" --wrappers " + " ".join(args.wrappers)) * bool(
-        args.wrappers
-    )
+    wrappers = f" --wrappers {shlex.join(args.wrappers)}" if args.wrappers else ""
+    extra = " --env-kwargs" * (args.env_kwargs != "{}") + wrappers
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
     quiet = warnings.catch_warnings(action="ignore")  # such as "v2 is out of date": the error says it, too
     with refuse(what), quiet, closing(make_env(args, published=True, render=args.capture_video)) as env:
@@ -825,6 +823,8 @@ def inspect_env(args: Options) -> Task:
             if box and not actions.is_bounded():
                 way += "; its bounds are infinite (ClipAction? leave it out: actions are clipped here)"
             raise ValueError(f"it has {kinds}; {ours}{way}")
+        if 0 in (*obs.shape, *actions.shape):
+            raise ValueError("its observations or actions have no numbers")
         if discrete and (args.min_std or args.state_dependent_std or args.action_cost):
             raise ValueError("--min-std, --state-dependent-std and --action-cost are for Box actions; its are discrete")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
@@ -946,6 +946,13 @@ def flat(obs: Any, space: Any) -> np.ndarray:
     return row.ravel()
 
 
+def close_all(envs: Any) -> None:
+    """Closes and removes them, the last first; whatever a close() raises."""
+    while envs:
+        with suppress(Exception):
+            envs.pop().close()
+
+
 Steps = tuple[np.ndarray, ...]  # four: obs (n, obs_dim), rewards, terminated, truncated (n,)
 Episodes = list[tuple[float, int, bool, float]]  # (return, length, fell, effort: mean |action|) of each
 
@@ -956,7 +963,7 @@ def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None]
         beat()
         return step_walkers(envs, actions)
     space, obs_space, rows, numbers = envs[0].action_space, envs[0].observation_space, [], []
-    if space.dtype.kind in "iu":
+    if space.dtype.kind in "iub":
         actions = np.rint(actions)  # a cast alone would round to zero
     for env, row in zip(envs, actions):
         action = row.reshape(space.shape).astype(space.dtype)[()]  # [()]: a scalar for Discrete
@@ -971,6 +978,25 @@ def step_envs(envs: Sequence[Any], actions: np.ndarray, beat: Callable[[], None]
 # ---- The acting policy -----------------------------------------------------------------------------------------------
 
 TILE = 4  # rows of a matrix product, see Policy
+AMD = "AuthenticAMD" in CPU
+
+
+class Tanh(nn.Module):
+    """nn.Tanh, which torch takes from Intel's MKL: on AMD processors that takes four times as long as this.
+
+    On Intel's it is the other way round (+14 to 22 % update time). Both are the same to within 5e-7.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(2 * x) - 1 if AMD and x.is_cpu else x.tanh()
+
+
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {  # in torch, and in NumPy for the workers
+    "tanh": (Tanh, np.tanh),
+    "relu": (nn.ReLU, lambda x: np.maximum(x, 0)),
+    "leaky_relu": (nn.LeakyReLU, lambda x: np.maximum(x, np.float32(0.01) * x)),
+    "elu": (nn.ELU, lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0)))),
+}
 
 
 def clip(x: np.ndarray, low: Any, high: Any) -> np.ndarray:
@@ -1012,7 +1038,7 @@ class Policy:
         return (x @ weight + bias).reshape(tiles * TILE, len(bias))[start : start + n]
 
     def sample(self, obs: np.ndarray, noise: np.ndarray | None = None, offset: int = 0) -> np.ndarray:
-        """Raw observations (n, obs_dim) and noise (n, action_dim) -> actions; without noise, their mean."""
+        """Raw observations (n, obs_dim) and noise (n, action_dim) -> actions; without noise, the mean or likeliest."""
         return self.distribution.act(self.forward(obs, offset), self.std, noise)
 
     def env_action(self, action: np.ndarray) -> np.ndarray:
@@ -1052,7 +1078,9 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
     if not same:
         raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
     distribution, generator = probe.distribution, torch.Generator().manual_seed(0)
-    out = torch.randn(2 * TILE, distribution.outputs, generator=generator).repeat(500, 1)
+    out = torch.randn(2 * TILE, distribution.outputs, generator=generator).repeat(
+        max(10, min(500, 50_000 // distribution.outputs)), 1
+    )
     noise = distribution.noise(generator, len(out), task.action_dim).numpy()
     actions = policy.distribution.act(out.numpy(), policy.std, noise)
     log_prob, entropy = distribution.log_prob_entropy(out, torch.from_numpy(actions))
@@ -1086,12 +1114,14 @@ def new_snapshot(num_envs: int, obs_dim: int) -> dict[str, Any]:
 class Worker(gym.Env):
     """Some of the environments, in a process of their own, and the policy beside them.
 
-    To AsyncVectorEnv a worker is one environment, of which only `run` is ever called.
+    To AsyncVectorEnv a worker is one environment, of which only `run` and `close` are ever called.
     """
 
     observation_space = action_space = gym.spaces.Discrete(1)
-    envs: Any = ()  # lists, of training and of an evaluation; but VecEnv.start also makes a Worker without __init__,
-    playing: Any = ()  # which is closed
+    # The environments of training, and of an evaluation. AsyncVectorEnv also makes a Worker without __init__, for its
+    # spaces, and closes it: hence these defaults.
+    envs: Any = ()
+    playing: Any = ()
 
     def __init__(
         self, index: int, first: int, last: int, args: Options, task: Task, shared: Any, snapshot: Any
@@ -1107,18 +1137,16 @@ class Worker(gym.Env):
             return getattr(self, name)(*args)
         except UserError as error:  # of `inspect`
             return error
-        except (Exception, KeyboardInterrupt):
-            return traceback.format_exc()
+        except (Exception, KeyboardInterrupt) as error:
+            return f"{type(error).__name__}: {one_line(error)}\n{traceback.format_exc()}"
 
     def inspect(self) -> Task:
         """All that the worker of make_task does."""
         return inspect_env(self.args)
 
     def close(self) -> None:
-        for envs in (self.envs, self.playing):
-            while envs:
-                with suppress(Exception):
-                    envs.pop().close()
+        close_all(self.envs)
+        close_all(self.playing)
 
     def beat(self) -> None:
         """Shows that this worker does not hang: after everything that it does for one environment or one row."""
@@ -1130,23 +1158,23 @@ class Worker(gym.Env):
             self.restore()
         data, mine, episodes = self.data, slice(self.first, self.last), []
         for t in range(self.args.num_steps):
-            data.obs[t, mine] = self.rows()
+            data.obs[t, mine] = self.critic_obs()
             data.actions[t, mine] = actions = self.policy.sample(self.obs, data.noise[t, mine], self.first_number)
             rewards, terminated, truncated = self.step(slice(None), actions)
             data.rewards[t, mine], data.terminated[t, mine], data.truncated[t, mine] = rewards, terminated, truncated
             for i in np.flatnonzero(terminated | truncated).tolist():
                 if not terminated[i]:  # else its last observation is of no use, and need not be finite
-                    data.final_obs[t, self.first + i] = self.rows()[i]
+                    data.final_obs[t, self.first + i] = self.critic_obs()[i]
                 episodes.append({
                     "t": t, "env": self.first_number + i, "return": float(self.returns[i]),
                     "length": int(self.lengths[i]), "fell": bool(terminated[i] and rewards[i] <= FALL),
                 })  # fmt: skip
                 self.begin(i, self.episode[i] + 1)
-        data.obs[-1, mine] = self.rows()
+        data.obs[-1, mine] = self.critic_obs()
         data.episode[mine], data.returns[mine] = self.episode, self.returns
         return episodes
 
-    def rows(self) -> np.ndarray:
+    def critic_obs(self) -> np.ndarray:
         """What the critic sees, (k, obs_dim + extra_dim): observations, and with --critic-progress two columns more."""
         return np.column_stack((self.obs, self.lengths, self.returns)) if self.args.critic_progress else self.obs
 
@@ -1177,14 +1205,13 @@ class Worker(gym.Env):
                 self.begin(i, self.episode[i])
                 steps = (self.step(slice(i, i + 1), action.numpy()[None]) for action in itertools.chain(*past))
                 ended = any(terminated[0] or truncated[0] for _, terminated, truncated in steps)
-            if ended or not (np.array_equal(self.obs[i], obs) and self.returns[i] == returns):
-                self.data.restarted[self.first + i] = begun  # the replay ended elsewhere, as on another machine
+            lost = ended or not (np.array_equal(self.obs[i], obs) and self.returns[i] == returns)
+            self.data.restarted[self.first + i] = begun and lost  # the replay ended elsewhere, as on another machine
+            if lost:
                 self.begin(i, self.episode[i] + 1)
 
-    def play(
-        self, seeds: Sequence[int], share: range, workers: int, published: bool, more: bool = False
-    ) -> list[tuple]:
-        """This worker's part of a share of evaluation episodes: index into seeds, and what play_batch says of each.
+    def play(self, seeds: Sequence[int], share: range, workers: int, published: bool, more: bool = False) -> Episodes:
+        """This worker's part of the evaluation episodes in `share`, a range of indices into `seeds`.
 
         Walkers play side by side, so that their lidars are computed together. Of others one is held at a time: it may
         be large. Environments are reused, and kept for the next call if there is `more` to play; but published
@@ -1192,18 +1219,18 @@ class Worker(gym.Env):
         """
         begin, end = (share.start + len(share) * i // workers for i in (self.index, self.index + 1))
         size = max(8, self.last - self.first) if self.args.env_id in WALKERS else 1
-        envs, episodes = self.playing, []
+        envs = self.playing
+        episodes: Episodes = []
         for start in range(begin, end, size):
             some = range(start, min(start + size, end))
-            while envs and published and self.args.env_id in WALKERS:
-                envs.pop().close()
+            if published and self.args.env_id in WALKERS:
+                close_all(envs)
             while len(envs) < len(some):
                 envs.append(make_env(self.args, published))
                 self.beat()
-            rows = self.play_batch(envs[: len(some)], [seeds[i] for i in some], start)
-            episodes += [(i, *row) for i, row in zip(some, rows)]
-        while envs and not more:
-            envs.pop().close()
+            episodes += self.play_batch(envs[: len(some)], [seeds[i] for i in some], start)
+        if not more:
+            close_all(envs)
         return episodes
 
     def play_batch(self, envs: list[gym.Env], seeds: list[int], offset: int) -> Episodes:
@@ -1232,16 +1259,18 @@ class Worker(gym.Env):
 
 
 def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *args: Any) -> None:
-    """The process of a worker. It ends when its trainer has ended, in whatever way, and by no signal to the trainer."""
+    """The process of a worker. Signals do not end it: the end of its trainer does, whatever the cause."""
     worker, parent = workers[index](), multiprocessing.parent_process()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)  # not SIG_IGN: what an environment starts would inherit that
+    if hasattr(os, "register_at_fork"):  # what it forks inherits handlers, too; terminate() has to end it
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     block_signals(False)  # VecEnv.start blocks them
 
     def watch() -> None:  # (the pipe does not tell: a forked sibling may hold its other end open)
         while parent is not None and os.getppid() == parent.pid and parent.is_alive():
             time.sleep(0.5)
-        threading.Timer(CLOSING, os._exit, (1,)).start()
+        threading.Timer(CLOSE_TIMEOUT, os._exit, (1,)).start()
         worker.close()
         os._exit(1)
 
@@ -1253,12 +1282,15 @@ def worker_main(workers: Sequence[Callable[[], Worker]], index: int, _: Any, *ar
 def block_signals(block: bool) -> None:
     if hasattr(signal, "pthread_sigmask"):
         how = signal.SIG_BLOCK if block else signal.SIG_UNBLOCK
-        signal.pthread_sigmask(how, (signal.SIGINT, signal.SIGTERM))
+        signal.pthread_sigmask(how, STOP_SIGNALS)
 
 
-STARTING = 120.0  # seconds that the start of a worker may take, whatever --worker-timeout
-CLOSING = 5.0  # seconds that workers have to close their environments
-MAX_FAULTS = 3  # attempts at one rollout or evaluation before a run gives up
+# SIGHUP: the terminal is closed; with nohup it is ignored.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = [n for n in STOP_SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+START_TIMEOUT = 120.0  # seconds that the start of a worker may take, whatever --worker-timeout
+CLOSE_TIMEOUT = 5.0  # seconds that workers have to close their environments
+MAX_FAULTS = 3  # attempts at one rollout or evaluation; two where both end with the same traceback
 
 
 class VecEnv(AsyncVectorEnv):
@@ -1285,8 +1317,8 @@ class VecEnv(AsyncVectorEnv):
         self.data = open_shared(self.shared)
         self.processes, self.parent_pipes, self.closed, self.replacements = [], [], True, 0
 
-    def start(self) -> None:
-        """Starts the workers, and waits for none of them."""
+    def start(self) -> VecEnv:
+        """Starts the workers, and waits for none of them. Raises TrainingError."""
         bounds = np.linspace(0, self.args.num_envs, self.num_workers + 1).astype(int).tolist()
         common: tuple[Any, ...] = self.args, self.task, self.shared, self.snapshot
         workers = [functools.partial(Worker, i, *pair, *common) for i, pair in enumerate(itertools.pairwise(bounds))]
@@ -1307,36 +1339,38 @@ class VecEnv(AsyncVectorEnv):
         finally:
             block_signals(False)
         # Large weights do not fit into a pipe: without a limit, to send them to a stopped worker would take for ever.
-        limit = struct.pack("ll", math.ceil(min(max(self.args.worker_timeout, STARTING), 1e6)), 0)
+        limit = struct.pack("ll", math.ceil(min(max(self.args.worker_timeout, START_TIMEOUT), 1e6)), 0)
         for pipe in self.parent_pipes if os.name == "posix" else ():
             with socket.socket(fileno=os.dup(pipe.fileno())) as end:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        return self
 
     def _check_spaces(self) -> None:
         """AsyncVectorEnv would wait here, without a limit, to learn what we know."""
 
     def close(self, terminate: bool = False) -> None:  # AsyncVectorEnv's parameter
         """Lets the workers close their environments; ends those that do not in time."""
-        end = time.monotonic() + CLOSING
+        end = time.monotonic() + CLOSE_TIMEOUT
         pipes = list(filter(None, self.parent_pipes))  # AsyncVectorEnv forgets that of a worker that has failed
         for pipe in pipes:
             with suppress(OSError):
                 if os.name == "posix":
                     os.set_blocking(pipe.fileno(), False)  # that of a stopped worker may be full
                 pipe.send(("close", None))
-        for process in self.processes:
-            if process.pid is not None:  # it has been started
-                try:
-                    process.join(max(0.0, end - time.monotonic()))
-                finally:  # also after Ctrl-C
-                    process.kill()  # not terminate(): a stopped process would never get to it
-                    process.join()
+        started = [process for process in self.processes if process.pid is not None]
+        try:
+            for process in started:
+                process.join(max(0.0, end - time.monotonic()))
+        finally:  # also after Ctrl-C
+            for process in started:
+                process.kill()  # not terminate(): a stopped process would never get to it
+                process.join()
         for pipe in pipes:
             pipe.close()
         self.processes, self.parent_pipes, self.closed = [], [], True
 
     def call(self, name: str, weights: Tensors, *args: Any) -> list[Any]:
-        """`ask` with a Policy of these weights. After a fault, again with new workers; at last raises TrainingError."""
+        """`ask` with a Policy of these weights; after a fault again with new workers. Raises TrainingError at last."""
         acting = Policy(weights, self.args.activation, self.task.low, self.task.high)
         faults: list[str] = []
         while True:
@@ -1348,8 +1382,8 @@ class VecEnv(AsyncVectorEnv):
             self.replacements += 1
             again, faults = fault in faults and "\n" in fault, [*faults, fault]  # the same traceback
             if again or len(faults) == MAX_FAULTS:
-                text = one_line(re.split(r"\n  (?:File|\[Prev)[^\n]*(?:\n    [^\n]*)*", fault)[-1])  # after its frames
-                raise TrainingError(f"gave up after {len(faults)} attempts without progress: {text}")
+                first_line = fault.partition("\n")[0]  # without the traceback
+                raise TrainingError(f"gave up after {len(faults)} attempts without progress: {first_line}")
             say(f"warning: {fault}; starting new workers where the last rollout ended", any_rank=True)
 
     def ask(self, name: str, *args: Any) -> list[Any]:
@@ -1369,7 +1403,7 @@ class VecEnv(AsyncVectorEnv):
                 for i in waiting.values():
                     if self.processes[i].exitcode is not None:  # where what it has forked holds its pipe open
                         raise EOFError
-                    limit = timeout if seen[i] else max(timeout, STARTING)
+                    limit = timeout if seen[i] else max(timeout, START_TIMEOUT)
                     if time.monotonic() - since[i] > limit:
                         raise TrainingError(f"worker {i} took no step for {limit:g} s (--worker-timeout)")
             results = list(self.call_wait())
@@ -1379,11 +1413,11 @@ class VecEnv(AsyncVectorEnv):
             raise TrainingError(next(ended, "a worker takes no messages")) from error
         for i, result in enumerate(results):
             if isinstance(result, str):
-                raise TrainingError(f"worker {i} failed:\n{result}")
+                raise TrainingError(f"worker {i} failed: {result}")
         return results
 
     def rollout(self, weights: Tensors, noise: np.ndarray, global_step: int) -> Rollout:
-        """A rollout of all environments with an agent's weights and `noise` (T, N, action_dim); N: over all ranks.
+        """A rollout with an agent's weights and `noise` (T, num_envs * world_size(), action_dim), of all ranks.
 
         The tensors are views of memory that the next one fills again. Raises TrainingError for what is not finite.
         """
@@ -1395,7 +1429,8 @@ class VecEnv(AsyncVectorEnv):
             say(f"warning: {count} environments cannot be replayed; their episodes start anew", any_rank=True)
         bad = []
         for name in ("obs", "actions", "final_obs", "rewards"):
-            bad += [(name, *place) for place in np.argwhere(~np.isfinite(getattr(data, name)))[:1].tolist()]
+            fine = np.abs(getattr(data, name)) <= np.finfo(np.float32).max  # false for NaN, too
+            bad += [(name, *place) for place in np.argwhere(~fine)[:1].tolist()]
         if bad:  # the first: what follows from it is not finite either
             name, t, env, *column = min(bad, key=lambda each: each[1])
             value, env = getattr(data, name)[t, env, *column], env + rank() * self.args.num_envs
@@ -1420,26 +1455,27 @@ class VecEnv(AsyncVectorEnv):
     def play(self, weights: dict, seeds: Sequence[int], published: bool = False, show: bool = False) -> Episodes:
         """One episode per seed with the deterministic policy: short episodes are not favoured (SB3 #402).
 
-        To `show` a progress bar, it plays in portions. These change no bit: a row keeps its place in its tile.
+        To `show` a progress bar, it plays in portions. These change no bit: a row keeps its place in its tile. Raises
+        TrainingError.
         """
         size = self.args.num_envs * world_size() if show else max(1, len(seeds))
-        episodes: list[Any] = []
+        episodes: Episodes = []
         with progress_bar(len(seeds), 0, "episode", show and sys.stderr.isatty()) as bar:
             for start in range(0, len(seeds), size):
                 some = range(len(seeds))[start : start + size]
                 share = some[len(some) * rank() // world_size() : len(some) * (rank() + 1) // world_size()]
                 how = self.num_workers, published, some.stop < len(seeds)
                 parts = all_ranks(self.call("play", weights, seeds, share, *how))
-                episodes += sorted(itertools.chain.from_iterable(itertools.chain(*parts)))
+                episodes += itertools.chain.from_iterable(itertools.chain(*parts))
                 bar.update(len(some))
-        for i, ret, *_ in episodes:
+        for seed, (ret, *_) in zip(seeds, episodes):
             if not math.isfinite(ret):
-                raise TrainingError(f"the return of the evaluation episode with seed {seeds[i]} is {ret}")
+                raise TrainingError(f"the return of the evaluation episode with seed {seed} is {ret}")
         limit = self.args.eval_max_steps
-        cut = self.task.max_episode_steps is None and sum(length >= limit for _, _, length, *_ in episodes)
+        cut = self.task.max_episode_steps is None and sum(length >= limit for _, length, *_ in episodes)
         if cut:
             say(f"warning: {cut} of {len(seeds)} episodes were cut off after {limit} steps (--eval-max-steps)")
-        return [row[1:] for row in episodes]
+        return episodes
 
 
 def usable_cores() -> int:
@@ -1605,7 +1641,7 @@ def cast_rays(walkers: Sequence[Walker], x: np.ndarray, y: np.ndarray) -> np.nda
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
 # torchrun starts them ("ranks"). Each has its own environments, and all have the same weights, statistics, generators
-# and counters: rollouts are gathered before anything changes these. Only within descend_in_ranks they differ.
+# and counters: rollouts are gathered before anything changes these. They differ only inside descend_in_ranks.
 
 RANK_ENDED = "another process of this training has ended; --resume goes on where it last saved"
 
@@ -1635,9 +1671,7 @@ def mean_of_group(vector: Tensor, group: Any) -> Tensor:
     if group is not None:
         with refuse(RANK_ENDED, TrainingError):
             dist.all_reduce(vector, group=group)
-        size = dist.get_world_size(group)
-        assert size > 0  # else this is no process of the group
-        vector /= size
+        vector /= dist.get_world_size(group)
     return vector
 
 
@@ -1681,13 +1715,14 @@ def join_ranks(argv: Sequence[str]) -> None:
     versions = {"ppo_vec.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8], "torch": torch.__version__}
     first, *others = all_ranks({"arguments": shlex.join(argv), **versions, "numpy": np.__version__})
     for number, other in enumerate(others, start=1):
-        for name in (name for name in other if other[name] != first[name]):
-            message = f"rank {number} has {name} {other[name]!r}, rank 0 has {first[name]!r}"
-            raise UserError(message) if rank() == 0 else SystemExit(2)
+        for name, value in other.items():
+            if value != first[name]:
+                message = f"rank {number} has {name} {value!r}, rank 0 has {first[name]!r}"
+                raise UserError(message) if rank() == 0 else SystemExit(2)
 
 
 def from_rank_0(action: Callable[[], Any]) -> Any:
-    """What `action` returns in rank 0, which alone has the files, in all ranks. What it raises ends the others, too."""
+    """Runs `action` in rank 0, which alone has the files; returns its result in every rank. If it raises, all end."""
     try:
         box = [action() if rank() == 0 else None]
     except (UserError, SystemExit) as error:
@@ -1695,7 +1730,7 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
     if world_size() > 1:
         dist.broadcast_object_list(box)
     if isinstance(box[0], BaseException):
-        raise box[0] if rank() == 0 else SystemExit(2)
+        raise box[0] if rank() == 0 or isinstance(box[0], SystemExit) else SystemExit(2)
     return box[0]
 
 
@@ -1712,13 +1747,12 @@ def fixed_args(args: Args) -> dict[str, Any]:
 
 
 @torch.no_grad()  # or TorchScript prepares for a backward pass
-@torch.jit.optimized_execution(False)  # else addmm becomes mm and add, with other bits
 def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args) -> None:
     """On the CPU: makes optimizer.recording of the operations of flat_gradient, which TorchScript plays.
 
     They give the same bits in 0.57 of the time (networks of 128-128; 0.87 with 256-256): without autograd, and without
-    Python, whose lock the two threads share. Whatever is no tensor stays as it was when it was recorded. Where a field
-    of Args changes, it is recorded anew, but not in the first update with it: often there is no second one.
+    Python, whose lock the two threads share. Whatever is no tensor is a constant of the recording. Where a
+    field of Args changes, it is made anew, in the second update with the new value: often there is no second one.
     """
     what = minibatches.shape[1:], fixed_args(args)
     if what != optimizer.recorded:
@@ -1737,7 +1771,8 @@ def record(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args)
         return [gradient, *metrics.values()]
 
     def play(optimizer: FlatAdam, batch: Tensors, mb_inds: Tensor, args: Args) -> tuple[Tensor, Tensors]:
-        gradient, *values = recording(mb_inds, *(getattr(args, name) for name in SCALARS), *batch.values())
+        with torch.jit.optimized_execution(False):  # else addmm becomes mm and add, with other bits
+            gradient, *values = recording(mb_inds, *(getattr(args, name) for name in SCALARS), *batch.values())
         return gradient, dict(zip(names, values))
 
     inputs = minibatches[0], *(getattr(args, name) for name in SCALARS), *batch.values()
@@ -1817,17 +1852,17 @@ class CudaGraph:
         for optimizer, rate in zip(optimizers, self.scalars):
             optimizer.learning_rate = rate  # a view of self.scalars: a replay reads what is copied there
         args = dataclasses.replace(args, **dict(zip(SCALARS, self.scalars[len(optimizers) :])))
-        self.step = functools.partial(self.one_minibatch, optimizers, args)
+        self.run_minibatch = functools.partial(self.one_minibatch, optimizers, args)
         totals: list[Any] = [0] * len(optimizers)
         for minibatch in minibatches:
             self.minibatch.copy_(minibatch)
             if self.graph is None:
-                self.step()
+                self.run_minibatch()
             else:
                 self.graph.replay()
             totals = [total + sums for total, sums in zip(totals, self.sums)]
         if self.graph is None and self.works:
-            self.record()
+            self.capture()
         return [dict(zip(names, total)) for names, total in zip(self.names, totals)]
 
     def one_minibatch(self, optimizers: Sequence[FlatAdam], args: Args) -> None:
@@ -1841,11 +1876,11 @@ class CudaGraph:
         self.names = [list(sums) for sums in all_sums]
         self.sums = [torch.stack(list(sums.values())) for sums in all_sums]
 
-    def record(self) -> None:
+    def capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self.step()
+                self.run_minibatch()
             self.graph = graph
         except RuntimeError as error:  # an edited loss that waits for the GPU, for example
             self.works = False
@@ -1914,11 +1949,11 @@ class State:
         self.log_sizes = {"events": 0, "episodes": 0}  # bytes of each log that belong to this state
         self.started, self.next_save = time.perf_counter(), -math.inf
 
-    def to(self, device: torch.device) -> State:
-        """The same state with its networks on this device. Every rank makes it: its optimizers make groups of ranks."""
-        moved = State(self.args, self.task, device)
-        moved.load(self.state_dict())  # which has the workers' snapshot itself, not a copy
-        return moved
+    def move_to(self, device: torch.device) -> None:
+        """Moves the networks and optimizers. With torchrun every rank has to: optimizers make groups of ranks."""
+        saved = self.state_dict()  # which has the workers' snapshot itself, not a copy
+        self.__init__(self.args, self.task, device)  # type: ignore[misc]
+        self.load(saved)
 
     def wall_time(self) -> float:
         return self.wall_time_s + time.perf_counter() - self.started
@@ -2128,7 +2163,7 @@ def saved_args(tree: dict[str, Any], policy: bool = False) -> Options:
         saved.setdefault("norm_adv", "rollout")  # so it was before there was this flag
         if not policy and (gone := {name for name in saved.keys() - hints.keys() if saved[name]}):  # not just off
             raise ValueError(f"another version of ppo_vec made it, with other flags ({', '.join(sorted(gone))})")
-        trusted = (saved.keys() & hints.keys()) - UNTRUSTED - ({"capture_video"} if policy else set())
+        trusted = (saved.keys() & hints.keys()) - NEVER_FROM_A_FILE - ({"capture_video"} if policy else set())
         args = Options(**{name: typeguard.check_type(saved[name], hints[name]) for name in trusted})
         validate(args)
         return args
@@ -2157,7 +2192,7 @@ def policy_of(tree: dict[str, Any]) -> Policy:
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 EVALUATIONS = 20  # periodic evaluations a run, at most
-EVALUATION_SHARE = 0.08  # their steps, as a share of those trained; without an update a step costs a third
+EVALUATION_SHARE = 0.08  # their steps, at most this share of those of training (each takes a third of the time)
 ROUNDS = (5, 15, 100)  # episodes of a periodic evaluation; the second and third only where the task may be solved
 
 
@@ -2184,14 +2219,17 @@ def should_evaluate(state: State, args: Options) -> bool:
 
 
 def play_seeds(envs: VecEnv, state: State, weights: Tensors, first: int, count: int, **how: Any) -> Episodes:
-    """Episodes of the deterministic policy with these weights, on `count` seeds from `first` on."""
+    """Episodes of the policy with these weights on `count` seeds from `first` on; counts state.evaluation_steps."""
     episodes = envs.play(weights, list(range(first, first + count)), **how)
     state.evaluation_steps += sum(length for _, length, *_ in episodes)
     return episodes
 
 
 def evaluate(envs: VecEnv, state: State, log: Log) -> None:
-    """A periodic evaluation, on fresh selection seeds: keeps the best policy, notes when the task is solved."""
+    """A periodic evaluation, on fresh selection seeds: keeps the best policy, notes when the task is solved.
+
+    Every rank has to call it. Raises TrainingError.
+    """
     goal, weights = state.task.goal, copy.deepcopy(state.agent.state_dict())
     episodes: Episodes = []
     for count in ROUNDS:
@@ -2223,21 +2261,21 @@ def score(evaluation: dict[str, Any], goal: float | None) -> tuple[bool, float]:
 
 
 def deliver(envs: VecEnv, state: State, log: Log) -> None:
-    """The end of a run: what it delivers, and its test.
+    """The end of a run: chooses the policy that it delivers, and tests it. Every rank has to call it.
 
-    That is the last weights, or with --swa-share their mean. If these do not solve the task on fresh selection seeds,
-    the best policy of the periodic evaluations plays the same: it is delivered if it is better by a standard error.
-    The test, on other seeds and the published environment, chooses nothing.
+    It is the last weights, or with --swa-share their mean. If these do not solve the task on fresh selection seeds, the
+    best policy of the periodic evaluations plays the same: it is delivered if it is better by a standard error. The
+    test, on other seeds and the published environment, chooses nothing. Raises TrainingError.
     """
     args, goal, step = state.args, state.task.goal, state.global_step
-    mean = bool(args.swa_share and state.average.n_averaged)  # none, if --resume came with fewer --total-timesteps
-    source = state.average.module if mean else state.agent
+    averaged = bool(args.swa_share and state.average.n_averaged)  # none, if --resume came with fewer --total-timesteps
+    source = state.average.module if averaged else state.agent
     last = {"agent": copy.deepcopy(source.state_dict()), "evaluation": {"global_step": step}}
     first = SELECTION_SEEDS + state.selection_episodes
 
-    def solves(policy: dict[str, Any], count: int, by: str = "mean") -> bool:  # and notes the result in `policy`
-        result = summarize(play_seeds(envs, state, policy["agent"], first, count, show=True), goal)
-        policy["evaluation"] = {**policy["evaluation"], "time_s": state.wall_time(), **result}
+    def solves(candidate: dict[str, Any], count: int, by: str = "mean") -> bool:  # and notes the result in it
+        result = summarize(play_seeds(envs, state, candidate["agent"], first, count, show=True), goal)
+        candidate["evaluation"] = {**candidate["evaluation"], "time_s": state.wall_time(), **result}
         return goal is not None and result[by] >= goal
 
     few, earlier = min(sum(ROUNDS[:2]), args.eval_episodes), False
@@ -2256,9 +2294,9 @@ def deliver(envs: VecEnv, state: State, log: Log) -> None:
     if state.best is not last:
         test = play_seeds(envs, state, state.best["agent"], TEST_SEEDS, args.eval_episodes, published=True, show=True)
     last_result, result = summarize(last_test, goal), summarize(test, goal)
-    averaged = "the mean of the last weights" if mean else "the last weights"
-    what = averaged if state.best is last else f"an earlier policy, of step {state.best['evaluation']['global_step']}"
-    say(f"test on unseen episodes of the published environment: {averaged}: {summary_text(last_result)}")
+    name = "the mean of the last weights" if averaged else "the last weights"
+    what = name if state.best is last else f"an earlier policy, of step {state.best['evaluation']['global_step']}"
+    say(f"test on unseen episodes of the published environment: {name}: {summary_text(last_result)}")
     say(f"delivered: {what}: {summary_text(result)}")
     falls = float(np.mean([fell for _, _, fell, _ in test]))
     log.scalars(step, {"test/return": result["mean"], "test/fall_rate": falls, "test/last_return": last_result["mean"]})
@@ -2295,7 +2333,8 @@ def record_video(args: Options, policy: Policy, folder: Path) -> tuple[Path, byt
         # macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
         with closing(env), imageio.get_writer(film, format=".mp4", fps=fps, macro_block_size=2) as writer:
             obs, done, few = reset_env(env, TEST_SEEDS), False, []
-            for t in range(args.eval_max_steps + 1):
+            limit = (env.spec.max_episode_steps if env.spec else None) or args.eval_max_steps
+            for t in range(limit + 1):
                 frame = render_frame(env)
                 writer.append_data(frame)
                 if t % 25 == 0:
@@ -2335,7 +2374,7 @@ def progress_bar(total: int, initial: int, unit: str, show: bool = True) -> Any:
 
 
 def should_save(state: State) -> bool:
-    """`save` says when: a wall-clock cadence that costs at most a hundredth of the time, whatever the disk."""
+    """Whether `save` is due: by the clock, so that saving takes at most a hundredth of the time, whatever the disk."""
     return any(all_ranks(time.perf_counter() > state.next_save))
 
 
@@ -2387,7 +2426,7 @@ class Log:
         if (summary := read_json(folder / "summary.json")).get("finished"):  # a finished run that goes on
             write_file(folder / "summary.json", json.dumps({**summary, "finished": False}, indent=2).encode())
         self.paths = {"events": folder / "events.out.tfevents.0", "episodes": folder / "episodes.csv"}
-        first = self.record(file_version="brain.Event:2") + self.arguments()
+        first = self.event(file_version="brain.Event:2") + self.arguments()
         headers = first, b"global_step,time_s,return,length,env\n"
         self.files: dict[str, Any] = {}
         for (name, path), header in zip(self.paths.items(), headers):
@@ -2435,7 +2474,7 @@ class Log:
         now = time.perf_counter()
         self.seconds[name], self.clock = now - self.clock, now
 
-    def record(self, **fields: Any) -> bytes:
+    def event(self, **fields: Any) -> bytes:
         """An entry of TensorBoard's event file."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -2451,17 +2490,17 @@ class Log:
         values = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(self.args).items()}
         table = "\n".join(("| argument | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in values.items())))
         parts = *summary.hparams(values, {"test/return": 0.0}), summary.text("arguments", table)
-        return b"".join(self.record(summary=part) for part in parts)
+        return b"".join(self.event(summary=part) for part in parts)
 
     def picture(self, tag: str, step: int, png: bytes) -> None:
         """A picture for TensorBoard's IMAGES."""
         width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # of the PNG's header
         image = {"encoded_image_string": png, "width": width, "height": height, "colorspace": 4}
-        self.write("events", self.record(step=step, summary={"value": [{"tag": tag, "image": image}]}))
+        self.write("events", self.event(step=step, summary={"value": [{"tag": tag, "image": image}]}))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         entries = [{"tag": tag, "simple_value": value} for tag, value in values.items()]
-        self.write("events", self.record(step=step, summary={"value": entries}))
+        self.write("events", self.event(step=step, summary={"value": entries}))
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
@@ -2512,11 +2551,9 @@ def start_wandb(args: Options) -> Any:
 def describe_run(args: Options) -> dict[str, Any]:
     """Every argument and everything else that a result depends on."""
     git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"
-    commit, cpu = None, platform.processor() or platform.machine()
+    commit, cpu = None, re.findall(r"model name\s*: (.*)", CPU) or [platform.processor() or platform.machine()]
     with suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    with suppress(OSError, IndexError):
-        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     starter = ["torchrun", f"--nproc-per-node={world_size()}"] if world_size() > 1 else [Path(sys.executable).name]
     versions = {"torch": torch, "numpy": np, "gymnasium": gym, "box2d": Box2D}
     kernels = {name: os.environ.get(name) for name in ("OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY", "MKL_CBWR")}
@@ -2524,7 +2561,7 @@ def describe_run(args: Options) -> dict[str, Any]:
         "args": dataclasses.asdict(args),
         "command": shlex.join([*starter, *sys.argv]), "processes": world_size(),
         "versions": {"python": platform.python_version(), **{k: str(v.__version__) for k, v in versions.items()}},
-        "git_commit": commit, "cpu": cpu, "cores": usable_cores(),
+        "git_commit": commit, "cpu": cpu[0], "cores": usable_cores(),
         "kernels": {"torch": torch.backends.cpu.get_cpu_capability(), **kernels},
         "gpu": torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else None,
     }  # fmt: skip
@@ -2536,9 +2573,10 @@ def plot_learning_curve(state: State, log: Log) -> None:
         lines = read_file(log.folder / "episodes.csv").decode().splitlines()[1:]
         from matplotlib.figure import Figure  # no pyplot: no display needed, no global state
     except (ImportError, OSError) as error:  # somebody has moved the file
-        return say(f"warning: no learning_curve.png: {one_line(error)}")
+        say(f"warning: no learning_curve.png: {one_line(error)}")
+        return
     if not lines:
-        return None
+        return
     rows = np.array([line.split(",")[:3] for line in lines], float)
     window = max(1, min(100, len(rows) // 10))
     recent = np.lib.stride_tricks.sliding_window_view(rows[:, 2], window)
@@ -2559,19 +2597,18 @@ def plot_learning_curve(state: State, log: Log) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
     log.picture("learning_curve", state.global_step, buffer.getvalue())
-    return write_file(log.folder / "learning_curve.png", buffer.getvalue())
+    write_file(log.folder / "learning_curve.png", buffer.getvalue())
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-# What may change on --evaluate (CHOSEN) and on --resume (CHANGEABLE): the rest would make it another run. UNTRUSTED is
-# what no file decides.
-CHOSEN = {
+# What else changes would make it another run. What is never from a file comes from the command line alone.
+EVALUATE_MAY_CHANGE = {
     "num_workers", "start_method", "worker_timeout", "capture_video", "eval_episodes", "eval_max_steps", "evaluate",
     "runs_dir",
 }  # fmt: skip
-CHANGEABLE = CHOSEN | {"total_timesteps", "track", "cuda", "resume"}
-UNTRUSTED = {"track", "num_workers", "start_method", "runs_dir", "run_name", "resume", "evaluate"}
+RESUME_MAY_CHANGE = EVALUATE_MAY_CHANGE | {"total_timesteps", "track", "cuda", "resume"}
+NEVER_FROM_A_FILE = {"track", "num_workers", "start_method", "runs_dir", "run_name", "resume", "evaluate"}
 GRACE = 5.0  # seconds that an iteration has to finish after a signal
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # flags, what their values must be, in words
     ("num_\\w+|total_timesteps|update_epochs|eval_\\w+", lambda v: v >= 1, "be at least 1"),
@@ -2597,6 +2634,7 @@ def validate(args: Options) -> None:
         for pattern, holds, words in RULES:
             if re.fullmatch(pattern, f.name) and value is not None and not holds(value):
                 raise UserError(f"{flag(f.name)} must {words}, not {value!r}")
+    rows = args.batch_size * world_size() // args.num_minibatches // len(trainers(0))  # see descend_in_ranks
     for good, message in (
         (args.final_fall_reward is None or args.fall_reward is not None, "--final-fall-reward needs --fall-reward"),
         (not (args.min_std and args.state_dependent_std), "--min-std and --state-dependent-std exclude each other"),
@@ -2604,7 +2642,7 @@ def validate(args: Options) -> None:
         (args.batch_size % args.num_minibatches == 0, "--num-minibatches must divide --num-envs x --num-steps"),
         (args.batch_size > 1, "--num-envs x --num-steps is one step: no advantages to normalise"),
         (
-            args.batch_size * world_size() > args.num_minibatches or args.norm_adv == "rollout",
+            rows > 1 or args.norm_adv == "rollout",
             "--num-minibatches leaves one step in each: no advantages to normalise; fewer, or --norm-adv rollout",
         ),
         (args.resume is None or args.evaluate is None, "--resume and --evaluate exclude each other"),
@@ -2683,7 +2721,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Options, Path | None, dict[str, Any
         raise UserError(f"{where} would import code; if you trust it, add{code_flags(saved)}")
     args = cli(args=argv, default=saved)
     validate(args)
-    mode, changeable = ("evaluated", CHOSEN) if args.resume is None else ("resumed", CHANGEABLE)
+    mode, changeable = ("evaluated", EVALUATE_MAY_CHANGE) if args.resume is None else ("resumed", RESUME_MAY_CHANGE)
     for f in dataclasses.fields(Options):
         if f.name not in changeable and getattr(args, f.name) != getattr(saved, f.name):
             raise UserError(f"{flag(f.name)} cannot change when a run is {mode}; it has {getattr(saved, f.name)}")
@@ -2733,6 +2771,7 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     with closing(VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim))) as envs:
         episodes = envs.play(tree["agent"], seeds, published=True, show=True)
     write_episodes(target, episodes)
+    film = record_video(args, policy_of(tree), target)[0] if args.capture_video else None
     returns, lengths, fell, efforts = np.array(episodes).T
     text = f"{summary_text(summarize(episodes, task.goal))}, mean length {lengths.mean():.0f}"
     effort = "" if task.discrete else f", effort {efforts.mean():.2f}"
@@ -2741,8 +2780,8 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     with suppress(ValueError):  # equal returns that are too large for ten bins
         for count, edge in zip(*np.histogram(returns, bins=10)):
             print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / len(returns))} {count}")
-    if args.capture_video:
-        print(f"video: {record_video(args, policy_of(tree), target)[0]}")
+    if film:
+        print(f"video: {film}")
     print(f"episodes: {target / 'evaluation.csv'}")
 
 
@@ -2768,7 +2807,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
             own = Agent(task.obs_dim, task.action_dim, args, task.discrete)
             theirs, ours = kind(tree["agent"]), kind(own.state_dict())
             if others := [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]:
-                names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes", "critic_progress"
+                names = "env_id", "actor_hidden_sizes", "critic_hidden_sizes", "critic_progress", "state_dependent_std"
                 words = " ".join(typed(name, tree["args"].get(name, getattr(Options, name))) for name in names)
                 raise ValueError(f"its networks have other sizes or actions ({others[0]} differs); it has {words}")
             if (activation := tree["args"]["activation"]) != args.activation:
@@ -2779,7 +2818,8 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
 
 @contextmanager
 def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None]]:
-    """Gives a function that tells the signal, SIGINT or SIGTERM, that has asked the run to end, if any rank got one.
+    """Gives a function that tells the signal, one of STOP_SIGNALS, that has asked the run to end, if any rank got one.
+    With torchrun all ranks have to call that together.
 
     The iteration has GRACE seconds to finish. Then, or by a second signal, the process ends at once: what has happened
     since the last checkpoint is done again on --resume.
@@ -2798,11 +2838,15 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
         received.append(number)
         timer.start()
 
+    def lost_torchrun() -> int:  # after kill -9
+        return signal.SIGTERM if world_size() > 1 and os.getppid() != parent else 0
+
+    parent = os.getppid()
     timer = threading.Timer(GRACE, lambda: state.finished or end(received[0]))
     main_thread = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
+    before = {n: signal.signal(n, handle) for n in STOP_SIGNALS} if main_thread else {}
     try:
-        yield lambda: max(all_ranks(received[0] if received else 0)) or None
+        yield lambda: max(all_ranks(received[0] if received else lost_torchrun())) or None
     finally:
         timer.cancel()
         if received:
@@ -2832,8 +2876,11 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         why = error.strerror or "another process is training in it"
         raise UserError(f"cannot write the run folder {folder}: {why}") from error
     with lock:
-        if new and any(file.suffix == ".pt" or file.name == "summary.json" for file in folder.iterdir()):
-            raise UserError(f"{folder} already holds a run; {resume_flags(args, folder)} continues it")
+        results = "summary.json", "evaluation.csv", "learning_curve.png", "episodes.csv"
+        files = [file for file in folder.iterdir() if file.suffix == ".pt" or file.name in results]
+        if new and any(file.stat().st_size > 60 for file in files):  # more than the header of episodes.csv
+            how = f"{resume_flags(args, folder)} continues it, another --run-name begins a new one"
+            raise UserError(f"{folder} already holds a run; {how}")
         logger = logging.getLogger("ppo_vec")
         handler: Any = logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True)  # a refused run has none
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -2853,7 +2900,7 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, 1 training failed, 2 bad input, 130 or 143 stopped by a signal."""
+    """The command line. Returns the exit code: 0, 1 training failed, 2 bad input, 128 + signal if one stopped it."""
     if sys.stderr is None:  # closed, or a program without a console
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -2878,9 +2925,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if number is not None:
                 say(f"stopped by {signal.Signals(number).name}; continue with: {resume_flags(args, folder)}")
         return 128 + number if number is not None else 0
-    except (UserError, TrainingError, torch.OutOfMemoryError) as error:
-        help = "no memory left on the GPU; fewer --num-envs x --num-steps, or more --num-minibatches, need less"
-        text = f"{help} ({one_line(error)})" if isinstance(error, torch.OutOfMemoryError) else error
+    except (UserError, TrainingError, MemoryError, RuntimeError) as error:
+        text, on_gpu = str(error), isinstance(error, torch.OutOfMemoryError)
+        if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in text:  # the last: torch on the CPU
+            hint = "smaller networks, fewer --num-envs x --num-steps, or more --num-minibatches, need less"
+            text = f"no memory left{' on the GPU' * on_gpu}; {hint} ({one_line(error)})"
+        elif isinstance(error, RuntimeError):
+            raise
         print(f"ppo_vec.py: error: {f'rank {rank()}: ' * (world_size() > 1)}{text}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:  # in an evaluation, or before a run has taken the signal over
@@ -2901,4 +2952,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # As a module: a spawned worker looks its classes up there, and would get copies of those in __main__.
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and -P leave it out
     sys.exit(importlib.import_module(Path(__file__).resolve().stem).main())

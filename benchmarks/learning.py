@@ -111,7 +111,8 @@ def refuse_another_run(options: Options, folder: Path, seed: int) -> None:
     )
     try:
         found = ppo_vec.saved_args(ppo_vec.read_checkpoint(str(folder))[1])
-        same = "cuda", "worker_timeout", "capture_video", *ppo_vec.UNTRUSTED  # change no result, or are not saved
+        # These change no result, or are not saved.
+        same = "cuda", "worker_timeout", "capture_video", *ppo_vec.NEVER_FROM_A_FILE
         found = dataclasses.replace(found, **{name: getattr(wanted, name) for name in same})
     except ppo_vec.UserError:
         found = None

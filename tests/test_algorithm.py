@@ -656,12 +656,13 @@ def test_a_loss_that_is_not_finite_is_named(broken: str) -> None:
 def test_a_state_moves_to_another_device() -> None:
     """Nothing but the place of its networks changes, and its environments stay the same object. (cpu:0 is the CPU.)"""
     args = make_args()
-    moved, other = states = make_state(args), make_state(args)
+    moved, other = make_state(args), make_state(args)
     rollout = fake_rollout(other)
-    for state in states:
+    for state in (moved, other):
         update(state, rollout, args)
-    snapshot, moved = moved.snapshot, moved.to(torch.device("cpu:0"))
-    assert moved is not states[0]
+    snapshot, agent = moved.snapshot, moved.agent
+    moved.move_to(torch.device("cpu:0"))
+    assert moved.agent is not agent
     assert moved.snapshot is snapshot
     assert_same(update(moved, rollout, args), update(other, rollout, args))
     assert_same(dict(moved.agent.state_dict()), dict(other.agent.state_dict()))

@@ -228,6 +228,7 @@ REFUSED = [  # (arguments, words of the message; RUN is the folder of a finished
     ("--evaluate latest", "in any folder of runs"), ("--resume latest --runs-dir RUN", "in any folder of"),
     ("--wrappers my_module", "--wrappers must be module:function"),
     ("--runs-dir RUN/.. --run-name tiny", "already holds a run; --resume"),
+    ("--runs-dir RUN/.. --run-name tiny", "continues it, another --run-name begins a new one"),
     ("--runs-dir RUN --run-name args.json", "cannot write"),  # a file: even root cannot
     ("--runs-dir RUN/args.json --run-name x", "cannot write"),
     ("--runs-dir RUN/args.json/deeper --run-name x", "cannot write"),
@@ -271,6 +272,46 @@ def test_numbers_with_an_exponent() -> None:
     args = ppo_vec.parse_args([*words.split(), "--run-name", "12e4", "--num-minibatches", "3"])[0]
     assert (args.total_timesteps, args.num_envs, args.num_steps) == (1000, 20, 150)
     assert (args.learning_rate, args.initial_std, args.run_name) == (2.5e-4, 1.5, "12e4")
+
+
+@pytest.mark.parametrize("name", ["episodes.csv", "evaluation.csv", "learning_curve.png"])
+def test_what_is_left_of_a_run_is_not_overwritten(name: str, tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Its checkpoints are elsewhere."""
+    left = tmp_path / "left"
+    left.mkdir()
+    (left / ".lock").touch()
+    (left / name).write_text("0,0.1,2.0,3,0\n" * 10)
+    before = digests(left)
+    assert_one_line(train(left, *tiny()), capsys.readouterr(), "already holds a run")
+    assert digests(left) == before
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_no_memory_left_is_one_clear_line(
+    error: Exception, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(ppo_vec, "Agent", fail_with(error))
+    assert train(tmp_path / "run", *tiny()) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("ppo_vec.py: error: no memory left; smaller networks")
+
+
+def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(ppo_vec, "Agent", fail_with(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(tmp_path / "run", *tiny())
+
+
+def test_a_copy_runs_itself_also_in_isolated_mode(tmp_path: Path) -> None:
+    """python -I leaves the script's folder out of the path; another ppo_vec may be installed."""
+    copied = tmp_path / "my-ppo.py"
+    copied.write_text(Path(ppo_vec.__file__).read_text().replace("ppo_vec.py: error:", "my copy: error:"))
+    done = subprocess.run(
+        [sys.executable, "-I", copied, "--gamma", "2"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr[:30]) == (2, "my copy: error: --gamma must l")
 
 
 def test_walker_without_a_version_is_the_walker() -> None:
@@ -930,9 +971,8 @@ def test_cuda_that_cannot_be_used(tiny_run: Path, tmp_path: Path, monkeypatch: P
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old one")
     assert train(tmp_path / "run", *tiny(), "--cuda") == 0
-    warning, *_ = lines = capsys.readouterr().err.splitlines()
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if "warning: --cuda" in line)
     assert "no kernel image is available for execution" in warning
-    assert sum("warning: --cuda" in line for line in lines) == 1
     found = faults.differences(fingerprint(tmp_path / "run"), fingerprint(tiny_run))
     assert len(found) == len([place for place in found if "args/cuda" in place]) > 0
 

@@ -86,7 +86,7 @@ class StandIn:
         for now, then in zip(tensors, before):
             for name, tensor in now.items():
                 tensor.copy_(then[name])
-        sums, step = kept.sums, kept.step
+        sums, step = kept.sums, kept.run_minibatch
         self.recorded += 1
 
         def replay() -> None:
@@ -229,7 +229,7 @@ def test_no_memory_left_at_the_start_is_one_clear_line(
     def no_memory(*_: Any) -> State:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 MiB")
 
-    monkeypatch.setattr(State, "to", no_memory)
+    monkeypatch.setattr(State, "move_to", no_memory)
     assert ppo_vec.main(f"{TINY} --cuda --total-timesteps 512 --runs-dir {tmp_path}".split()) == 1
     gc.collect()
     said = capfd.readouterr().err

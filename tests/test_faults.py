@@ -284,6 +284,19 @@ def test_workers_end_with_a_killed_trainer(run: Path) -> None:
     assert left == [last]
 
 
+def test_an_unexpected_error_leaves_no_worker(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the trainer would wait at its exit, for ever, for workers that wait for it."""
+
+    def no_device(args: Any) -> Any:
+        assert len(multiprocessing.active_children()) == 2
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(ppo_vec, "choose_device", no_device)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        train(run, *tiny(), "--num-workers", "2")
+    assert multiprocessing.active_children() == []
+
+
 def stall(name: str, seconds: float, mark: Path, when: Callable[..., Any] = lambda *_, **__: True) -> None:
     """Lets calls of a function of ppo_vec make the file `mark` and wait."""
     real = getattr(ppo_vec, name)
@@ -445,8 +458,8 @@ def test_lost_worker(
     """While starting, training, between rollouts, and in evaluations."""
     args = (*tiny("", 480), "--num-envs", "8", "--num-steps", "10", "--eval-episodes", "8", "--worker-timeout", "3")
     expected, once = undisturbed(*args), run.with_name("once")
-    monkeypatch.setattr(ppo_vec, "STARTING", 3.0)
-    monkeypatch.setattr(ppo_vec, "CLOSING", 0.5)
+    monkeypatch.setattr(ppo_vec, "START_TIMEOUT", 3.0)
+    monkeypatch.setattr(ppo_vec, "CLOSE_TIMEOUT", 0.5)
     lose(monkeypatch, method, number, which, once)
     capsys.readouterr()
     assert train(run, *args) == 0
@@ -460,8 +473,8 @@ def test_large_weights_for_a_stopped_worker(run: Path, undisturbed: Make, monkey
     """They do not fit into its pipe, so that sending them would wait for good."""
     args = (*tiny("", 480), "--num-steps", "20", "--actor-hidden-sizes", "256", "256", "--worker-timeout", "2")
     expected = undisturbed(*args)
-    monkeypatch.setattr(ppo_vec, "STARTING", 2.0)
-    monkeypatch.setattr(ppo_vec, "CLOSING", 0.5)
+    monkeypatch.setattr(ppo_vec, "START_TIMEOUT", 2.0)
+    monkeypatch.setattr(ppo_vec, "CLOSE_TIMEOUT", 0.5)
     lose(monkeypatch, "between rollouts", signal.SIGSTOP, 2, run.with_name("once"))
     began = time.monotonic()
     assert train(run, *args) == 0

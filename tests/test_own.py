@@ -48,7 +48,11 @@ class Point(gym.Env):
         if "owns" in kind:
             self.child = subprocess.Popen(["sleep", "86399"])
             open(f"{folder}/{self.child.pid}", "w").close()
-        if "forks" in kind:
+        if "keeps a fork" in kind:  # ended by SIGTERM
+            self.child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(86399,))
+            self.child.start()
+            open(f"{folder}/{self.child.pid}", "w").close()
+        elif "forks" in kind:
             self.fork = multiprocessing.Process(target=time.sleep, args=(0.01,))
             self.fork.start()
             self.fork.join()
@@ -66,6 +70,12 @@ class Point(gym.Env):
             self.child.terminate()
             self.child.wait()
             os.rename(f"{self.folder}/{self.child.pid}", f"{self.folder}/{self.child.pid}.closed")
+        if "keeps a fork" in self.kind:
+            self.child.terminate()
+            self.child.join()
+            os.rename(f"{self.folder}/{self.child.pid}", f"{self.folder}/{self.child.pid}.closed")
+        if self.kind == "no close" and self.t > 4:
+            raise RuntimeError("it cannot be closed")
 
     def reset(self, *, seed=None, options=None):
         if self.kind != "forgets":
@@ -117,6 +127,8 @@ class Point(gym.Env):
             return x, reward, done, {}
         if self.kind == "no reward":
             return x, None, False, done, {}
+        if self.kind == "too large":
+            return x, 1e39 if self.t > 4 else reward, False, done, {}
         if self.kind == "two rewards":
             return x, [1.0, 2.0], False, done, {}
         if self.kind == "flat":
@@ -194,6 +206,18 @@ def test_environments_are_closed_at_a_normal_end(tmp_path: Path) -> None:
     check_closed(tmp_path, 1 + 4 + 2 + 1 + 2)
 
 
+def test_an_environment_that_keeps_a_fork(tmp_path: Path) -> None:
+    """The fork ends by terminate(), which the worker itself would not."""
+    assert ppo_vec.main(flags(tmp_path, "keeps a fork", "--worker-timeout 20")) == 0
+    check_closed(tmp_path, 1 + 4 + 2)
+
+
+def test_an_environment_that_cannot_be_closed(tmp_path: Path) -> None:
+    """Its episodes have been played by then."""
+    assert ppo_vec.main(flags(tmp_path, "no close")) == 0
+    assert tree(tmp_path)["finished"]
+
+
 def test_an_environment_that_is_refused_is_closed(tmp_path: Path) -> None:
     assert ppo_vec.main(flags(tmp_path, "owns unbounded")) == 2
     check_closed(tmp_path, 1)
@@ -205,7 +229,7 @@ def test_environments_are_closed_when_one_fails(tmp_path: Path, capfd: pytest.Ca
     err = capfd.readouterr().err
     assert err.count("Traceback") == 1
     assert err.splitlines()[-1].endswith(
-        "gave up after 2 attempts without progress: ArithmeticError: the string is broken"
+        "gave up after 2 attempts without progress: worker 0 failed: ArithmeticError: the string is broken"
     )
     check_closed(tmp_path, 1 + 2 * 4)
 
@@ -238,7 +262,7 @@ def test_a_signal_while_the_environment_is_tried(tmp_path: Path, number: signal.
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_environments_are_closed_when_the_run_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
     """In the middle of a rollout of two seconds."""
     command = [sys.executable, ppo_vec.__file__, *flags(tmp_path, "owns slow", "--total-timesteps 1000000")]
@@ -247,11 +271,11 @@ def test_environments_are_closed_when_the_run_is_stopped(tmp_path: Path, number:
         while len(list((tmp_path / "owned").iterdir())) < 5:
             assert time.monotonic() < end
             time.sleep(0.05)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as a terminal does: to the workers, and to what they have started
-        else:
+        if number == signal.SIGKILL:
             process.send_signal(number)
-        assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -9)
+        else:
+            os.killpg(process.pid, number)  # as a terminal does: to the workers, and to what they have started
+        assert process.wait(timeout=60) == (-9 if number == signal.SIGKILL else 128 + number)
     check_closed(tmp_path, 1 + 4)
 
 
@@ -436,7 +460,7 @@ def test_an_error_of_the_environment_says_where_it_was_raised() -> None:
 def test_an_environment_that_takes_too_long_to_make(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(ppo_vec, "STARTING", 1.0)
+    monkeypatch.setattr(ppo_vec, "START_TIMEOUT", 1.0)
     began = time.monotonic()
     assert ppo_vec.main(flags(tmp_path, "late", "--worker-timeout 0.5")) == 2
     assert time.monotonic() - began < 4
@@ -627,6 +651,22 @@ def test_an_observation_that_becomes_shorter_is_an_error(tmp_path: Path, capsys:
     assert "an observation has shape (1,); its space has (3,)" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_reward_beyond_float32_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would make the statistics of the returns NaN, for good."""
+    assert ppo_vec.main(flags(tmp_path, "too large")) == 1
+    assert "error: rewards of environment 0 at step 4 of the rollout is 1e+39\n" in capsys.readouterr().err
+
+
+def test_a_film_has_the_whole_episode(tmp_path: Path) -> None:
+    """--eval-max-steps is for environments without a limit of their own."""
+    import imageio
+
+    args = ppo_vec.Options(env_id="Pendulum-v1", eval_max_steps=20)
+    policy = ppo_vec.Policy(ppo_vec.Agent(3, 1, args).state_dict(), "tanh", np.float32([-2]), np.float32([2]))
+    path, _ = ppo_vec.record_video(args, policy, tmp_path)
+    assert len(imageio.mimread(path)) == 201
+
+
 def test_actions_that_are_whole_numbers_are_rounded() -> None:
     seen: list[int] = []
 
@@ -639,6 +679,14 @@ def test_actions_that_are_whole_numbers_are_rounded() -> None:
             seen.append(int(action[0]))
             return np.zeros(1), 0.0, False, False, {}
 
+    class Switch(ppo_vec.gym.Env):
+        observation_space = ppo_vec.gym.spaces.Box(-1, 1, (1,))
+        action_space = ppo_vec.gym.spaces.Box(0, 1, (1,), np.bool_)
+
+        def step(self, action: np.ndarray) -> Any:
+            return np.zeros(1), float(action[0]), False, False, {}
+
+    assert ppo_vec.step_envs([Switch()] * 4, np.float32([[0.0], [0.4], [0.6], [1.0]]))[1].tolist() == [0, 0, 1, 1]
     actions = np.linspace(-2.4999, 2.4999, 1000, dtype=np.float32)[:, None]
     ppo_vec.step_envs([Whole()] * 1000, actions)
     assert [seen.count(number) for number in range(-2, 3)] == [200] * 5

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,23 @@ def test_rank_without_torchrun_is_an_error(env: dict[str, str], words: str) -> N
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("ranks", "minibatches", "good"),
+    [(1, 4, True), (1, 8, False), (2, 8, True), (3, 4, True), (3, 8, False), (4, 8, True)],
+)
+def test_every_rank_has_steps_to_normalise(
+    ranks: int, minibatches: int, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has 8. Of three ranks two share the actor's minibatches: 24 steps, 8 minibatches, and one step for each."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    args = ppo_vec.Options(num_envs=2, num_steps=4, num_minibatches=minibatches)
+    with contextlib.nullcontext() if good else pytest.raises(ppo_vec.UserError, match="one step in each"):
+        ppo_vec.validate(args)
+    args.norm_adv = "rollout"
+    ppo_vec.validate(args)
+
+
 @pytest.mark.parametrize("what", ["arguments", "ppo_vec.py"])
 def test_a_rank_of_another_kind_is_named(tmp_path: Path, what: str) -> None:
     """The program of rank 1 differs, or what it is told."""
@@ -362,6 +380,40 @@ def test_a_rank_of_another_kind_is_named(tmp_path: Path, what: str) -> None:
     assert f"rank 1 has {what} " in ends[0][1]
     assert "Traceback" not in ends[0][1] + ends[1][1]
     assert not (tmp_path / "runs").exists()
+
+
+def test_other_environments_in_another_rank_are_refused(tmp_path: Path) -> None:
+    """The same name and spaces of the same shape, but other bounds."""
+    code = """
+import os, sys, numpy as np, ppo_vec
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+import gymnasium as gym
+
+class Own(PendulumEnv):
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Box(-1 - np.float32(os.environ["RANK"]), 1, (1,))
+
+gym.register("Own-v0", entry_point=Own, max_episode_steps=20)
+sys.exit(ppo_vec.main())
+"""
+    ends = finish(start(2, f"{TINY} --num-envs 2 --env-id Own-v0 --runs-dir {tmp_path / 'runs'}", code=code))
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert all(said.endswith("torchrun's processes have different environments under that name\n") for _, said in ends)
+
+
+def test_help_of_several_ranks_is_no_error() -> None:
+    assert [code for code, _ in finish(start(2, "--help"))] == [0, 0]
+
+
+def test_a_torchrun_that_was_killed_stops_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(ppo_vec, "world_size", lambda: 2)
+    monkeypatch.setattr(ppo_vec, "all_ranks", lambda value: [value, 0])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    state: Any = types.SimpleNamespace(finished=False)
+    with ppo_vec.stop_signals(tmp_path, state) as stopped:
+        assert [stopped(), stopped()] == [None, signal.SIGTERM]
 
 
 def test_bad_input_is_said_once(tmp_path: Path) -> None:

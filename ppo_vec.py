@@ -798,9 +798,6 @@ def make_task(args: Options) -> Task:
             raise
     if isinstance(result, UserError):
         raise result
-    found = all_ranks(str({**vars(result), "low": result.low.tolist(), "high": result.high.tolist()}))
-    if len(set(found)) > 1:
-        raise UserError(f"--env-id {args.env_id}: torchrun's processes have different environments under that name")
     if result.obs_dim > 5_000:
         say(f"warning: an observation is {result.obs_dim} numbers, and there are no convolutions: slow, if it learns")
     return result
@@ -1713,7 +1710,12 @@ def join_ranks(argv: Sequence[str]) -> None:
     with refuse("torchrun's processes do not find each other"):
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     versions = {"ppo_vec.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8], "torch": torch.__version__}
-    first, *others = all_ranks({"arguments": shlex.join(argv), **versions, "numpy": np.__version__})
+    same_in_all_ranks({"arguments": shlex.join(argv), **versions, "numpy": np.__version__})
+
+
+def same_in_all_ranks(facts: dict[str, str]) -> None:
+    """Raises UserError, in rank 0, and ends the others where a process has other facts."""
+    first, *others = all_ranks(facts)
     for number, other in enumerate(others, start=1):
         for name, value in other.items():
             if value != first[name]:
@@ -2771,7 +2773,6 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     with closing(VecEnv(args, task, new_snapshot(args.num_envs, task.obs_dim))) as envs:
         episodes = envs.play(tree["agent"], seeds, published=True, show=True)
     write_episodes(target, episodes)
-    film = record_video(args, policy_of(tree), target)[0] if args.capture_video else None
     returns, lengths, fell, efforts = np.array(episodes).T
     text = f"{summary_text(summarize(episodes, task.goal))}, mean length {lengths.mean():.0f}"
     effort = "" if task.discrete else f", effort {efforts.mean():.2f}"
@@ -2780,8 +2781,8 @@ def evaluate_run(args: Options, task: Task, tree: dict[str, Any], folder: Path) 
     with suppress(ValueError):  # equal returns that are too large for ten bins
         for count, edge in zip(*np.histogram(returns, bins=10)):
             print(f"{edge:10.1f} .. {'#' * math.ceil(50 * count / len(returns))} {count}")
-    if film:
-        print(f"video: {film}")
+    if args.capture_video:
+        print(f"video: {record_video(args, policy_of(tree), target)[0]}")
     print(f"episodes: {target / 'evaluation.csv'}")
 
 
@@ -2908,6 +2909,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         join_ranks(argv)
         args, path, tree = from_rank_0(lambda: parse_args(argv))
         task = make_task(args)
+        same_in_all_ranks({f"the environment's {name}": one_line(value) for name, value in vars(task).items()})
         check_machine(args, task, tree, new=path is None)
         if tree is not None:
             policy = policy_of(tree)

@@ -326,9 +326,7 @@ def collect(envs: VecEnv, state: State, args: Options) -> Rollout:
     # In the workers, T times: actions[t] = mean(obs[t]) + std * noise[t]; obs[t + 1], ... = env.step(clip(actions[t]))
     rollout = envs.rollout(agent.state_dict(), noise.numpy(), state.global_step)
     state.global_step += args.batch_size * world_size()
-    rollout.rewards = training_rewards(
-        state, rollout, args
-    )  # shaped (--action-cost, --fall-reward), then scale_rewards
+    rollout.rewards = training_rewards(state, rollout, args)  # --action-cost and --fall-reward, around scale_rewards
     rollout.obs, rollout.actions = rollout.obs.to(state.device), rollout.actions.to(state.device)
     rollout.normalized_obs = x = agent.normalizer(rollout.obs)
     rollout.logprobs, _ = agent.distribution.log_prob_entropy(agent.policy(x[:-1]), rollout.actions)
@@ -459,9 +457,7 @@ def descend(optimizer: FlatAdam, batch: Tensors, minibatches: Tensor, args: Args
             optimizer.halt_beyond(args.target_kl, metrics["approx_kl"])
         metrics[f"{optimizer.loss_of.__name__}_grad_norm"] = optimizer.take_step(gradient, args.max_grad_norm)
         rows.append(torch.stack([1 - optimizer.halted, *metrics.values()]))
-        if (
-            args.target_kl is not None and optimizer.flat.is_cpu and optimizer.halted
-        ):  # (to ask a GPU is to wait for it)
+        if args.target_kl is not None and optimizer.flat.is_cpu and optimizer.halted:  # to ask a GPU is to wait for it
             break
     table = torch.stack(rows)  # where no step was taken, for target_kl, a row may hold NaN
     sums = torch.where(table[:, :1] > 0, table, 0.0).sum(0)
@@ -497,9 +493,7 @@ def train(args: Options, task: Task, folder: Path, saved: dict[str, Any] | None 
         save(state, log)  # at once, so that --resume finds a checkpoint whenever the run is stopped
         while state.global_step < args.total_timesteps and not stopped():
             log.lap("files")  # evaluations and files are no part of the training time
-            now = scheduled(
-                args, state.global_step, state.shown
-            )  # with this iteration's learning rates, entropy bonus and rewards
+            now = scheduled(args, state.global_step, state.shown)  # with the learning rates of now, among others
             rollout = collect(envs, state, now)
             log.lap("rollout")
             metrics = update(state, rollout, now)
@@ -2872,7 +2866,7 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         folder.mkdir(parents=True, exist_ok=True)
         if odd := next(filter(is_odd, folder.iterdir()), None):
             raise UserError(f"{odd} is no regular file; remove it")
-        lock = FileLock(folder / ".lock").acquire(timeout=5)  # a trainer that has just been stopped may still be ending
+        lock = FileLock(folder / ".lock").acquire(timeout=CLOSE_TIMEOUT + 2)  # workers of one just killed hold it, too
     except OSError as error:  # the lock's Timeout is one, too
         why = error.strerror or "another process is training in it"
         raise UserError(f"cannot write the run folder {folder}: {why}") from error

@@ -221,7 +221,7 @@ class Gaussian(nn.Module):
 
     @staticmethod
     def noise(generator: torch.Generator, *shape: int) -> Tensor:
-        """Standard normal noise, from which `act` makes a sample; drawn here, so that workers change no result."""
+        """Standard normal noise, from which `act` makes a sample; drawn here: so workers change no result."""
         return torch.randn(*shape, generator=generator)
 
     @staticmethod
@@ -237,8 +237,8 @@ class Gaussian(nn.Module):
 
 
 # The distribution of Box actions; that of Discrete ones is Categorical, further down. For another, such as a Beta, name
-# here a class with `outputs` and all methods of Gaussian except mean_logstd. Its noise is one number per action, drawn
-# before the mean is known: for a Beta, uniform noise, of which `act` takes the inverse distribution function.
+# here a class with `outputs` and all methods of Gaussian except mean_logstd. Its noise has a number per action
+# dimension, drawn before the mean is known: for a Beta it is uniform, and `act` applies the inverse of the CDF.
 Distribution = Gaussian
 
 
@@ -266,8 +266,8 @@ class Agent(nn.Module):
 
 # ---- Rollout ---------------------------------------------------------------------------------------------------------
 
-# A State, further down, holds all that a checkpoint saves: agent, optimizers (the actor's, the critic's), device,
-# global_step, noise_rng, shuffle_rng, return_statistics (a Normalizer), discounted_return (N,), and what train() needs.
+# A State, further down, holds what a checkpoint saves: agent, optimizers (the actor's, the critic's), global_step,
+# noise_rng, shuffle_rng, return_statistics (a Normalizer), discounted_return (N,), ...; and the networks' device.
 
 
 @dataclass
@@ -279,7 +279,7 @@ class Rollout:
     """
 
     obs: Tensor  # (T + 1, N, D) raw, float64; the last row is the observation after the rollout
-    final_obs: Tensor  # (T, N, D) raw, float64; the true last one where only truncated; elsewhere undefined
+    final_obs: Tensor  # (T, N, D) raw, float64; an episode's last, in rows that are only truncated; elsewhere undefined
     actions: Tensor  # (T, N, action_dim) in units of the bounds, not clipped
     rewards: Tensor  # (T, N) raw, float64; after `collect` shaped and scaled, float32
     terminated: Tensor  # (T, N) bool
@@ -396,7 +396,7 @@ def policy_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]
 
 
 def value_loss(agent: Agent, mb: Tensors, args: Args) -> tuple[Tensor, Tensors]:
-    """0.25 x mean squared error, as CleanRL's 0.5 x MSE x vf_coef 0.5. The factor only affects gradient clipping.
+    """0.25 x mean squared error, as CleanRL's 0.5 x MSE x vf_coef .5. With Adam it only affects gradient clipping.
 
     Args: mb with normalised obs (B, ...); returns and values (B,).
     Returns: the loss, and 0.5 x MSE as a metric without gradient.
@@ -583,7 +583,7 @@ def scheduled(args: Options, global_step: int, shown: float | None = None) -> Op
 
     Learning rates and entropy bonus follow global_step. The others follow what the policy has `shown`, from 0 to 1
     (note_returns), or global_step where no goal above 0 is known: the price of a fall grows geometrically, the action
-    cost with its square, until half of it is reached. What else changes here and is used in a loss belongs in SCALARS.
+    cost with the square of `shown`, until that is 0.5. What else changes here and is used in a loss belongs in SCALARS.
     """
     progress = min(global_step / args.total_timesteps, 1)
     skill = progress if shown is None else shown
@@ -803,7 +803,7 @@ def inspect_env(args: Options) -> Task:
     extra = " --env-kwargs" * (args.env_kwargs != "{}") + wrappers
     what = f"--env-id {args.env_id}{extra}{' --capture-video' * args.capture_video}"
     quiet = warnings.catch_warnings(action="ignore")  # such as "v2 is out of date": the error says it, too
-    with refuse(what), quiet, closing(make_env(args, published=True, render=args.capture_video)) as env:
+    with refuse(what), quiet, one_env(args, render=args.capture_video) as env:
         obs, actions, spec = env.observation_space, env.action_space, env.spec
         discrete, box = isinstance(actions, gym.spaces.Discrete), isinstance(actions, gym.spaces.Box)
         if not isinstance(obs, gym.spaces.Box) or not (discrete or (box and actions.is_bounded())):
@@ -937,6 +937,16 @@ def flat(obs: Any, space: Any) -> np.ndarray:
     return row.ravel()
 
 
+@contextmanager
+def one_env(args: Options, render: bool) -> Iterator[Any]:
+    """A published environment, which is closed at the end, whatever its close() raises."""
+    env = make_env(args, published=True, render=render)
+    try:
+        yield env
+    finally:
+        close_all([env])
+
+
 def close_all(envs: Any) -> None:
     """Closes and removes them, the last first; whatever a close() raises."""
     while envs:
@@ -973,9 +983,9 @@ AMD = "AuthenticAMD" in CPU
 
 
 class Tanh(nn.Module):
-    """nn.Tanh, which torch takes from Intel's MKL: on AMD processors that takes four times as long as this.
+    """nn.Tanh. Torch has Intel MKL's, which takes four times as long as this on AMD processors.
 
-    On Intel's it is the other way round (+14 to 22 % update time). Both are the same to within 5e-7.
+    On Intel's processors this would be slower, +14 to 22 % update time. Both are the same to within 5e-7.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1069,9 +1079,8 @@ def check_copy(agent: Agent, task: Task, args: Args) -> None:
     if not same:
         raise TrainingError("Policy, the workers' copy, does not act as Agent.policy: a change of one needs the other")
     distribution, generator = probe.distribution, torch.Generator().manual_seed(0)
-    out = torch.randn(2 * TILE, distribution.outputs, generator=generator).repeat(
-        max(10, min(500, 50_000 // distribution.outputs)), 1
-    )
+    repeats = max(10, min(500, 50_000 // distribution.outputs))  # there may be thousands of discrete actions
+    out = torch.randn(2 * TILE, distribution.outputs, generator=generator).repeat(repeats, 1)
     noise = distribution.noise(generator, len(out), task.action_dim).numpy()
     actions = policy.distribution.act(out.numpy(), policy.std, noise)
     log_prob, entropy = distribution.log_prob_entropy(out, torch.from_numpy(actions))
@@ -1276,9 +1285,9 @@ def block_signals(block: bool) -> None:
         signal.pthread_sigmask(how, STOP_SIGNALS)
 
 
-# SIGHUP: the terminal is closed; with nohup it is ignored.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-STOP_SIGNALS = [n for n in STOP_SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored: nohup
+    STOP_SIGNALS.append(signal.SIGHUP)  # the terminal has been closed
 START_TIMEOUT = 120.0  # seconds that the start of a worker may take, whatever --worker-timeout
 CLOSE_TIMEOUT = 5.0  # seconds that workers have to close their environments
 MAX_FAULTS = 3  # attempts at one rollout or evaluation; two where both end with the same traceback
@@ -1304,7 +1313,8 @@ class VecEnv(AsyncVectorEnv):
         }  # fmt: skip
         # Unnamed memory, which no crash can leave behind.
         array = multiprocessing.get_context(args.start_method).RawArray
-        self.shared = {name: (array("b", max(1, np.empty(*spec).nbytes)), *spec) for name, spec in specs.items()}
+        with refuse("no memory for a rollout; fewer --num-envs x --num-steps need less", TrainingError):
+            self.shared = {name: (array("b", max(1, np.empty(*spec).nbytes)), *spec) for name, spec in specs.items()}
         self.data = open_shared(self.shared)
         self.processes, self.parent_pipes, self.closed, self.replacements = [], [], True, 0
 
@@ -1316,6 +1326,8 @@ class VecEnv(AsyncVectorEnv):
         self.data.beats[...], self.closed = 0, False
         if self.args.start_method == "spawn":  # it starts this tracker, which would unblock the signals
             resource_tracker.ensure_running()
+        # Large weights do not fit into a pipe: without a limit, to send them to a stopped worker would take for ever.
+        limit = struct.pack("ll", math.ceil(min(max(self.args.worker_timeout, START_TIMEOUT), 1e6)), 0)
         block_signals(True)  # until a worker has its own handlers
         try:
             with refuse("cannot start the workers; fewer --num-workers, or a higher ulimit, may help", TrainingError):
@@ -1324,16 +1336,14 @@ class VecEnv(AsyncVectorEnv):
                     shared_memory=False, context=self.args.start_method, worker=functools.partial(worker_main, workers),
                     autoreset_mode=AutoresetMode.DISABLED, daemon=False,  # a daemon may start no processes
                 )  # fmt: skip
+                for pipe in self.parent_pipes if os.name == "posix" else ():
+                    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+                        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         except TrainingError:
             self.close()
             raise
         finally:
             block_signals(False)
-        # Large weights do not fit into a pipe: without a limit, to send them to a stopped worker would take for ever.
-        limit = struct.pack("ll", math.ceil(min(max(self.args.worker_timeout, START_TIMEOUT), 1e6)), 0)
-        for pipe in self.parent_pipes if os.name == "posix" else ():
-            with socket.socket(fileno=os.dup(pipe.fileno())) as end:
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         return self
 
     def _check_spaces(self) -> None:
@@ -1419,9 +1429,11 @@ class VecEnv(AsyncVectorEnv):
         if count := data.restarted.sum():
             say(f"warning: {count} environments cannot be replayed; their episodes start anew", any_rank=True)
         bad = []
-        for name in ("obs", "actions", "final_obs", "rewards"):
-            fine = np.abs(getattr(data, name)) <= np.finfo(np.float32).max  # false for NaN, too
-            bad += [(name, *place) for place in np.argwhere(~fine)[:1].tolist()]
+        for name in ("obs", "actions", "final_obs"):
+            bad += [(name, *place) for place in np.argwhere(~np.isfinite(getattr(data, name)))[:1].tolist()]
+        # As float32 they would be infinite, and the statistics of returns no numbers for good. (False for NaN, too.)
+        too_large = ~(np.abs(data.rewards) <= np.finfo(np.float32).max)
+        bad += [("rewards", *place) for place in np.argwhere(too_large)[:1].tolist()]
         if bad:  # the first: what follows from it is not finite either
             name, t, env, *column = min(bad, key=lambda each: each[1])
             value, env = getattr(data, name)[t, env, *column], env + rank() * self.args.num_envs
@@ -2188,7 +2200,7 @@ def policy_of(tree: dict[str, Any]) -> Policy:
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 EVALUATIONS = 20  # periodic evaluations a run, at most
-EVALUATION_SHARE = 0.08  # their steps, at most this share of those of training (each takes a third of the time)
+EVALUATION_SHARE = 0.08  # their steps, at most this share of training's steps (each takes a third of the time)
 ROUNDS = (5, 15, 100)  # episodes of a periodic evaluation; the second and third only where the task may be solved
 
 
@@ -2324,10 +2336,12 @@ def record_video(args: Options, policy: Policy, folder: Path) -> tuple[Path, byt
     film = io.BytesIO()
     with refuse(f"cannot write {path}", TrainingError):  # a renderer that has lost its display, ...
         path.parent.mkdir(exist_ok=True)
-        env = make_env(args, published=True, render=True)
-        fps = env.metadata.get("render_fps", 30)
         # macro_block_size 2: players want even sizes, not the multiples of 16 of the default.
-        with closing(env), imageio.get_writer(film, format=".mp4", fps=fps, macro_block_size=2) as writer:
+        how: dict[str, Any] = {"format": ".mp4", "macro_block_size": 2}
+        with (
+            one_env(args, render=True) as env,
+            imageio.get_writer(film, fps=env.metadata.get("render_fps", 30), **how) as writer,
+        ):
             obs, done, few = reset_env(env, TEST_SEEDS), False, []
             limit = (env.spec.max_episode_steps if env.spec else None) or args.eval_max_steps
             for t in range(limit + 1):
@@ -2403,6 +2417,9 @@ def write_results(envs: VecEnv, state: State, folder: Path, best: dict[str, Any]
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
 
 
+EPISODES_HEADER = b"global_step,time_s,return,length,env\n"
+
+
 class Log:
     """TensorBoard's event file, episodes.csv, the progress bar and Weights and Biases.
 
@@ -2423,7 +2440,7 @@ class Log:
             write_file(folder / "summary.json", json.dumps({**summary, "finished": False}, indent=2).encode())
         self.paths = {"events": folder / "events.out.tfevents.0", "episodes": folder / "episodes.csv"}
         first = self.event(file_version="brain.Event:2") + self.arguments()
-        headers = first, b"global_step,time_s,return,length,env\n"
+        headers = first, EPISODES_HEADER
         self.files: dict[str, Any] = {}
         for (name, path), header in zip(self.paths.items(), headers):
             with refuse(f"cannot write {path}", TrainingError):
@@ -2436,7 +2453,7 @@ class Log:
         say(f"{self.args.env_id}, seed {self.args.seed}, in {folder}, tuned: {tuned or 'nothing'}")
         early, late = (fixed_args(scheduled(self.args, int(x * self.args.total_timesteps), x)) for x in (0, 0.9))
         if changing := ", ".join(name for name in early if early[name] != late[name]):
-            say(f"warning: updates take twice as long, for scheduled() changes {changing}, which is not in SCALARS")
+            say(f"warning: updates are slow, for scheduled() changes {changing}, which is not in SCALARS")
         if world_size() > 1:
             say(f"{world_size()} processes of {self.args.num_envs} environments each")
         self.bar = progress_bar(self.args.total_timesteps, self.steps_before, "step")
@@ -2598,7 +2615,7 @@ def plot_learning_curve(state: State, log: Log) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-# What else changes would make it another run. What is never from a file comes from the command line alone.
+# Another change would make it another run. NEVER_FROM_A_FILE: what only the command line sets.
 EVALUATE_MAY_CHANGE = {
     "num_workers", "start_method", "worker_timeout", "capture_video", "eval_episodes", "eval_max_steps", "evaluate",
     "runs_dir",
@@ -2814,7 +2831,7 @@ def check_machine(args: Options, task: Task, tree: dict[str, Any] | None, new: b
 @contextmanager
 def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None]]:
     """Gives a function that tells the signal, one of STOP_SIGNALS, that has asked the run to end, if any rank got one.
-    With torchrun all ranks have to call that together.
+    With torchrun all ranks have to call that together; the end of torchrun itself counts as SIGTERM.
 
     The iteration has GRACE seconds to finish. Then, or by a second signal, the process ends at once: what has happened
     since the last checkpoint is done again on --resume.
@@ -2824,17 +2841,19 @@ def stop_signals(folder: Path, state: State) -> Iterator[Callable[[], int | None
     def end(number: int) -> None:
         if rank() == 0:
             how = f"continue with: {resume_flags(state.args, folder)}"
-            os.write(2, f"\nstopped by {signal.Signals(number).name}; {how}\n".encode())
+            with suppress(OSError):  # the terminal has gone
+                os.write(2, f"\nstopped by {signal.Signals(number).name}; {how}\n".encode())
         os._exit(128 + number)  # the workers notice, and close their environments
 
     def handle(number: int, _: Any) -> None:
-        if received:
+        if not received:
+            received.append(number)
+            timer.start()
+        elif signal.Signals(number).name != "SIGHUP":  # a closed terminal may send that twice
             end(number)
-        received.append(number)
-        timer.start()
 
-    def lost_torchrun() -> int:  # after kill -9
-        return signal.SIGTERM if world_size() > 1 and os.getppid() != parent else 0
+    def lost_torchrun() -> int:  # which somebody has killed
+        return signal.SIGTERM if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent else 0
 
     parent = os.getppid()
     timer = threading.Timer(GRACE, lambda: state.finished or end(received[0]))
@@ -2871,11 +2890,12 @@ def run_folder(args: Options, new: bool) -> Iterator[tuple[Options, Path]]:
         why = error.strerror or "another process is training in it"
         raise UserError(f"cannot write the run folder {folder}: {why}") from error
     with lock:
-        results = "summary.json", "evaluation.csv", "learning_curve.png", "episodes.csv"
-        files = [file for file in folder.iterdir() if file.suffix == ".pt" or file.name in results]
-        if new and any(file.stat().st_size > 60 for file in files):  # more than the header of episodes.csv
-            how = f"{resume_flags(args, folder)} continues it, another --run-name begins a new one"
-            raise UserError(f"{folder} already holds a run; {how}")
+        results = "summary.json", "evaluation.csv", "learning_curve.png"
+        episodes, checkpoints = folder / "episodes.csv", list(folder.glob("*.pt"))
+        rows = episodes.exists() and episodes.stat().st_size > len(EPISODES_HEADER)
+        if new and (rows or checkpoints or any((folder / name).exists() for name in results)):
+            how = f"{resume_flags(args, folder)} continues it, " * bool(checkpoints)
+            raise UserError(f"{folder} already holds a run; {how}another --run-name begins a new one")
         logger = logging.getLogger("ppo_vec")
         handler: Any = logging.FileHandler(folder / "log.txt", encoding="utf-8", delay=True)  # a refused run has none
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -2903,7 +2923,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         join_ranks(argv)
         args, path, tree = from_rank_0(lambda: parse_args(argv))
         task = make_task(args)
-        same_in_all_ranks({f"the environment's {name}": one_line(value) for name, value in vars(task).items()})
+        same_in_all_ranks(
+            {f"the environment's {name}": str(np.asarray(value).tolist()) for name, value in vars(task).items()}
+        )
         check_machine(args, task, tree, new=path is None)
         if tree is not None:
             policy = policy_of(tree)
@@ -2923,11 +2945,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + number if number is not None else 0
     except (UserError, TrainingError, MemoryError, RuntimeError) as error:
         text, on_gpu = str(error), isinstance(error, torch.OutOfMemoryError)
-        if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in text:  # the last: torch on the CPU
+        no_memory = on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
+        if isinstance(error, RuntimeError) and not no_memory:
+            raise
+        if no_memory:
             hint = "smaller networks, fewer --num-envs x --num-steps, or more --num-minibatches, need less"
             text = f"no memory left{' on the GPU' * on_gpu}; {hint} ({one_line(error)})"
-        elif isinstance(error, RuntimeError):
-            raise
         print(f"ppo_vec.py: error: {f'rank {rank()}: ' * (world_size() > 1)}{text}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:  # in an evaluation, or before a run has taken the signal over

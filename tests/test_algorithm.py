@@ -545,7 +545,9 @@ def test_a_parameter_beside_actor_and_critic_is_trained_or_refused(monkeypatch: 
     assert (state.agent.shift != 0).all()
 
 
-def test_tanh_and_its_gradient_are_those_of_torch() -> None:
+@pytest.mark.parametrize("amd", [False, True])
+def test_tanh_and_its_gradient_are_those_of_torch(amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo_vec, "AMD", amd)
     x = torch.cat((torch.linspace(-9, 9, 1001), torch.tensor([-100.0, -1e-3, 0.0, 1e-3, 100.0])))
     grads, values = [], []
     for module in (ppo_vec.Tanh(), torch.nn.Tanh()):

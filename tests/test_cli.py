@@ -275,24 +275,30 @@ def test_numbers_with_an_exponent() -> None:
 
 
 @pytest.mark.parametrize("name", ["episodes.csv", "evaluation.csv", "learning_curve.png"])
-def test_what_is_left_of_a_run_is_not_overwritten(name: str, tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_what_is_left_of_a_run_is_not_overwritten(name: str, tmp_path: Path, capsys: Capture) -> None:
     """Its checkpoints are elsewhere."""
     left = tmp_path / "left"
     left.mkdir()
     (left / ".lock").touch()
-    (left / name).write_text("0,0.1,2.0,3,0\n" * 10)
+    (left / name).write_bytes(ppo_vec.EPISODES_HEADER + b"8,0.1,2.0,3,0\n")
     before = digests(left)
-    assert_one_line(train(left, *tiny()), capsys.readouterr(), "already holds a run")
+    assert_one_line(train(left, *tiny()), capsys.readouterr(), "already holds a run; another --run-name begins")
     assert digests(left) == before
 
 
+def test_what_a_run_without_a_checkpoint_has_left_is_overwritten(tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    left.mkdir()
+    (left / "episodes.csv").write_bytes(ppo_vec.EPISODES_HEADER)
+    (left / "args.json").write_text("{}")
+    assert train(left, *tiny()) == 0
+
+
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+    "taking", [fail_with(MemoryError()), lambda *_: torch.empty(2**50), lambda *_: np.empty(2**50)]
 )
-def test_no_memory_left_is_one_clear_line(
-    error: Exception, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
-    monkeypatch.setattr(ppo_vec, "Agent", fail_with(error))
+def test_no_memory_left_is_one_clear_line(taking: Any, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(ppo_vec, "Agent", taking)
     assert train(tmp_path / "run", *tiny()) == 1
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("ppo_vec.py: error: no memory left; smaller networks")
@@ -349,7 +355,7 @@ def test_a_schedule_that_no_recording_follows(tmp_path: Path, monkeypatch: Patch
     monkeypatch.setattr(ppo_vec, "scheduled", edited)
     assert train(tmp_path / "run", *tiny()) == 0
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
-    words = "updates take twice as long, for scheduled() changes bounds_loss_coef, which is not in SCALARS"
+    words = "updates are slow, for scheduled() changes bounds_loss_coef, which is not in SCALARS"
     assert warnings == [f"warning: {words}"]
 
 

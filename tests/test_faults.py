@@ -17,6 +17,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -357,6 +358,46 @@ def test_a_run_that_does_not_end_by_itself_is_ended(
     assert checked_checkpoint(run)["global_step"] < 120
     assert resume(run) == 0
     assert_same(run, expected)
+
+
+def test_a_terminal_that_closes(run: Path, undisturbed: Make) -> None:
+    """It sends SIGHUP, maybe twice; stderr cannot be written any more. What takes too long is ended all the same."""
+    expected, mark = undisturbed(), run.with_name("mark")
+
+    def patch() -> None:
+        def gone(*_: Any) -> int:
+            raise OSError(errno.EIO, "the terminal has gone")
+
+        os.write = gone
+        stall("update", 200, mark, lambda state, *_: state.global_step == 120)
+
+    fork = Fork(run, patch=patch)
+    fork.wait_for(mark)
+    began = time.monotonic()
+    for _ in range(2):
+        os.kill(fork.pid, signal.SIGHUP)
+        time.sleep(0.2)
+    assert fork.finish()[0] == 129
+    assert ppo_vec.GRACE < time.monotonic() - began < ppo_vec.GRACE + 15
+    assert resume(run) == 0
+    assert_same(run, expected)
+
+
+def test_nohup(run: Path) -> None:
+    """SIGHUP is ignored then."""
+    few = "--env-id Pendulum-v1 --num-envs 2 --num-workers 1 --num-steps 64 --total-timesteps 6400 --eval-episodes 1"
+    command = [sys.executable, ppo_vec.__file__, *in_folder(run, tuple(few.split()))]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        while not (run / "checkpoint.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=60) == 0
 
 
 # What a run does at its end: a function, and which calls of it are meant.

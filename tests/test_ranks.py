@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -399,7 +400,7 @@ sys.exit(ppo_vec.main())
 """
     ends = finish(start(2, f"{TINY} --num-envs 2 --env-id Own-v0 --runs-dir {tmp_path / 'runs'}", code=code))
     assert [code for code, _ in ends] == [2, 2], ends
-    assert "rank 1 has the environment's low '[-2.]', rank 0 has '[-1.]'\n" in ends[0][1]
+    assert "rank 1 has the environment's low '[-2.0]', rank 0 has '[-1.0]'\n" in ends[0][1]
     assert "Traceback" not in ends[0][1] + ends[1][1]
 
 
@@ -408,13 +409,15 @@ def test_help_of_several_ranks_is_no_error() -> None:
 
 
 def test_a_torchrun_that_was_killed_stops_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parents = iter([7, 7, 1])
-    monkeypatch.setattr(ppo_vec, "world_size", lambda: 2)
-    monkeypatch.setattr(ppo_vec, "all_ranks", lambda value: [value, 0])
-    monkeypatch.setattr(os, "getppid", lambda: next(parents))
     state: Any = types.SimpleNamespace(finished=False)
-    with ppo_vec.stop_signals(tmp_path, state) as stopped:
-        assert [stopped(), stopped()] == [None, signal.SIGTERM]
+    monkeypatch.setattr(ppo_vec, "all_ranks", lambda value: [value, 0])
+    for name, signal_number in (("TORCHELASTIC_RUN_ID", signal.SIGTERM), ("RANK", None)):  # or started by hand
+        parents = iter([7, 7, 1])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getppid", functools.partial(next, parents))
+            patch.setenv(name, "0")
+            with ppo_vec.stop_signals(tmp_path, state) as stopped:
+                assert [stopped(), stopped()] == [None, signal_number]
 
 
 def test_bad_input_is_said_once(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_ctrl_c_while_workers_are_closed(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(processes[0], "join", interrupted)
         with pytest.raises(KeyboardInterrupt):
             envs.close()
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
+        assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2  # by that, not by the next close()
 
 
 def tampered(envs: dict[str, Any], what: str) -> None:
